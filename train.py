@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from avdit import PRESETS, Modality, NoiseSchedule, av_modalities, parse_mixture, sample_timesteps, training_loss
+from avdit import PRESETS, NoiseSchedule, av_modalities, parse_mixture, sample_timesteps, training_loss
 from data import FPS, RATE, SIZE, in_chunks, is_latents, load_clips, make_tokenizers, read_latents
 
 
 def flag(default, note, choices=None):
-    return field(default=default, metadata={"note": note, "choices": choices})
+    """A dataclass field that parse() turns into a command-line flag. [] takes several values."""
+    metadata = {"note": note, "choices": choices}
+    return field(default_factory=list, metadata=metadata) if default == [] else field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -65,7 +67,7 @@ def parse(config_class, about):
         if f.type is bool:
             parser.add_argument(name, action="store_true", help=note)
         elif f.type is list:
-            parser.add_argument(name, action="append", default=[], help=note)
+            parser.add_argument(name, nargs="+", action="extend", default=[], help=note)
         else:
             default = "" if f.default is None else f" (default {f.default})"
             parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata["choices"], help=note + default)
@@ -177,12 +179,12 @@ class Log:
 
     def write(self, step, steps):
         self.check(step)
-        errors, counts = self.sums.cpu()
+        errors, counts = self.sums.cpu().clone()  # on a CPU .cpu() is the tensor itself
         self.sums.zero_()
         loss = (errors * self.elements).sum() / (counts * self.elements).sum()
         values = [loss, *(errors.sum(1) / counts.sum(1)), *(errors / counts).flatten()]
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([step, *(f"{v:.6f}" for v in values)])
+            csv.writer(file).writerow([step, *("" if v.isnan() else f"{v:.6f}" for v in values)])  # "": nothing there
         speed = (step - self.since[0]) / (time.monotonic() - self.since[1])
         left = round((steps - step) / speed)
         line = f"step {step}/{steps}  loss {loss:.4f}  {speed:.1f} steps/s  {left // 60}:{left % 60:02} left"
