@@ -89,6 +89,7 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
         self.register_buffer("a", alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("s", (1 - alpha_bar).sqrt().float(), persistent=False)
+        self.register_buffer("log_alpha_bar", alpha_bar.log().float(), persistent=False)
 
     def scales(self, t, z):
         """(a, s) at t, (B, N_m), shaped to multiply z, (B, N_m, *grid, d_m)."""
@@ -363,10 +364,11 @@ def task_mask(task, modalities):
 
 def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, noise):
     """Line 5 of Alg. 3, line 7 of Alg. 4, from t to t_next <= t: every element steps down from its own t [Eq. 4]."""
-    (a, s), (a_next, s_next) = schedule.scales(t, z), schedule.scales(t_next, z)
+    (a, s), (a_next, _) = schedule.scales(t, z), schedule.scales(t_next, z)
     # DIFFERS FROM PAPER: the factor in front is 1 / sqrt(alpha), Sec. 2 prints sqrt(alpha_bar); the noise's divisor is
-    # sqrt(1 - alpha_bar), Alg. 3 and 4 print alpha. Over one step of the full schedule alpha = a^2 / a_next^2.
-    beta = (s**2 - s_next**2) / a_next**2
+    # sqrt(1 - alpha_bar), Alg. 3 and 4 print alpha. A respaced step's alpha is alpha_bar[t] / alpha_bar[t_next]; its
+    # beta, 1 - alpha, would lose its digits at either end if it were subtracted in float32.
+    beta = per_segment(-torch.expm1(schedule.log_alpha_bar[t] - schedule.log_alpha_bar[t_next]), z)
     mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat)
     return mean + torch.where(per_segment(t_next, z) > 0, beta.sqrt() * noise, 0)  # sigma^2 = beta
 
@@ -454,7 +456,8 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
             z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m]) for m in z0}  # [Eq. 8, 10]
         shown = truth(t_next)
         if reconstruct:  # move the wanted part so that the given part comes out as the noised truth [Eq. 9, 11, 12]
-            error = sum(torch.where(fixed[m], z_next[m] - shown[m], 0).square().sum() for m in z0)
+            with torch.enable_grad():
+                error = sum(torch.where(fixed[m], z_next[m] - shown[m], 0).square().sum() for m in z0)
             # DIFFERS FROM PAPER: the gradient is taken in the step's input; in its output, as printed, it is zero.
             grad = dict(zip(z0, torch.autograd.grad(error, list(z.values()))))
             z_next = {m: z_next[m] - strength * schedule.scales(t_next[m], z[m])[1] * grad[m] for m in z0}

@@ -296,7 +296,7 @@ def best_streams(path):
     _, text = ffmpeg(path)  # without an output ffmpeg lists the streams and stops
     best = {}
     for index, kind, line in re.findall(r"Stream #(0:\d+).*?: (Video|Audio): (.*)", text):
-        size = re.search(r"\b(\d+)x(\d+)\b" if kind == "Video" else r"\b(\d+) Hz", line)
+        size = re.search(r"\b([1-9]\d*)x(\d+)\b" if kind == "Video" else r"\b(\d+) Hz", line)
         if size and "attached pic" not in line:
             area = math.prod(int(x) for x in size.groups())
             best[kind] = max(best.get(kind, (0, "")), (area, index), key=lambda pair: pair[0])

@@ -11,7 +11,18 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-from avdit import METHODS, PRESETS, SAMPLERS, TASKS, Modality, NoiseSchedule, check_choice, generate, span_mask, task_mask
+from avdit import (
+    METHODS,
+    PRESETS,
+    SAMPLERS,
+    TASKS,
+    Modality,
+    NoiseSchedule,
+    check_choice,
+    generate,
+    span_mask,
+    task_mask,
+)
 from train import fail, flag, load, open_device, parse
 
 

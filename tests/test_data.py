@@ -1,0 +1,270 @@
+"""data.py: the toy world against its specification, readers against the truth, tokenizers, folders, files."""
+
+import math
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+from avdit import PRESETS, av_modalities
+
+TOY = PRESETS["toy"].modalities
+CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return data.toy_clips(64, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Tokenizers of the toy preset, fitted on other clips."""
+    clips, _ = data.toy_clips(768, 0)
+    tokenizers = data.make_tokenizers("toy", TOY, data.SIZE, data.RATE)
+    for m in tokenizers:
+        tokenizers[m].fit(clips[m])
+    return tokenizers
+
+
+def triangle(q):
+    q = q % 2
+    return q if q <= 1 else 2 - q
+
+
+def test_toy_world_is_its_specification():
+    """Pixels and samples of single clips, one at a time, from the world's own definition."""
+    draws = np.random.default_rng(5).random((3, 6))
+    clips, truth = data.render(torch.from_numpy(draws))
+    for i, (px, py, vx, vy, h, start) in enumerate(draws):
+        px, py, vx, vy = 2 * px, 2 * py, 2 * vx - 1, 2 * vy - 1
+        for f in (0, 7, 16):
+            x, y = triangle(px + vx * f / 8), triangle(py + vy * f / 8)
+            np.testing.assert_allclose(truth["position"][i, f].numpy(), (x, y), atol=1e-6)
+            for row, column in ((3, 28), (16, 16), (20, 9), (9, 21)):
+                distance = math.hypot(column / 31 - 0.18 - 0.64 * x, row / 31 - 0.18 - 0.64 * y)
+                light = 1 / (1 + math.exp(-30 * (0.16 - distance)))
+                for c in range(3):
+                    value = 255 * light * (0.5 + 0.5 * math.cos(2 * math.pi * (h + c / 3)))
+                    assert abs(clips["video"][i, f, row, column, c].item() - value) < 0.51
+        fine = np.arange(17000 * 8) / 64000  # the phase integral at eight times the rate
+        q = (py + vy * fine) % 2
+        f = 300 * 2 ** (1.5 * (1 - np.minimum(q, 2 - q)))
+        phi = 2 * math.pi * (start + np.concatenate([[0], np.cumsum((f[1:] + f[:-1]) / 2 / 64000)]))[::8]
+        c, s = (0.5 + 0.5 * fn(2 * math.pi * h) for fn in (math.cos, math.sin))
+        sound = 0.8 * (0.5 * np.sin(phi) + 0.3 * c * np.sin(2 * phi) + 0.3 * s * np.sin(3 * phi))
+        np.testing.assert_allclose(clips["audio"][i].numpy(), sound, atol=1e-3)
+
+
+def test_toy_clips_are_a_fixed_set():
+    (few, _), (many, _) = data.toy_clips(3, 0), data.toy_clips(300, 0)
+    assert all(torch.equal(few[m], many[m][:3]) for m in few)  # clip i does not depend on how many are asked for
+    assert not torch.equal(data.toy_clips(3, 1)[0]["video"], few["video"])
+    assert few["video"].shape == (3, 17, 32, 32, 3) and few["audio"].shape == (3, 17000)
+
+
+def test_readers_on_real_clips(toy):
+    clips, truth = toy
+    position, hue, radius = data.read_video(clips["video"])
+    assert (position - truth["position"]).abs().mean() < 2e-4
+    assert data.circular(hue, truth["hue"]).mean() < 5e-5
+    assert abs(radius.mean() - 0.126) < 5e-4
+    assert (data.read_height(clips["audio"]) - truth["position"][..., 1]).abs().mean() < 0.012
+    assert data.circular(data.read_timbre(clips["audio"]), truth["hue"]).mean() < 0.003
+    assert data.read_motion(position).mean() < 0.007
+
+
+def test_readers_at_chance():
+    """Unrelated clips score what the world's uniform draws say: 1/3 for two heights, 1/4 for two hues."""
+    (a, ta), (b, _) = data.toy_clips(400, 11), data.toy_clips(400, 12)
+    assert abs((data.read_height(b["audio"]) - ta["position"][..., 1]).abs().mean() - 1 / 3) < 0.03
+    assert abs(data.circular(data.read_video(a["video"])[1], data.read_timbre(b["audio"])).mean() - 0.25) < 0.03
+
+
+def test_motion_sees_a_jump():
+    time = torch.arange(17) / 8
+    line = data.mirror(0.3 + 0.8 * time)
+    jump = line.clone()
+    jump[8:] = data.mirror(1.1 + 0.8 * time[8:])
+    residual = data.read_motion(torch.stack([line, jump], -1)[None])[0]
+    assert residual[0] < 0.003 and residual[1] > 0.1
+
+
+# --- Tokenizers -----------------------------------------------------------------------
+
+
+def test_toy_tokenizers_floor(toy, fitted):
+    clips, truth = toy
+    z = {m: fitted[m].encode(clips[m]) for m in clips}
+    for m in TOY:
+        assert z[m.name].shape == (64, *m.shape) and z[m.name].isfinite().all()
+    back = {m: fitted[m].decode(z[m]) for m in z}
+    assert back["video"].dtype == torch.uint8 and back["audio"].shape == (64, 17000)
+    position, hue, radius = data.read_video(back["video"])
+    assert (position - truth["position"]).abs().mean() < 0.01
+    assert data.circular(hue, truth["hue"]).mean() < 0.005
+    assert (radius / 0.1258 - 1).abs().mean() < 0.07
+    assert (data.read_height(back["audio"]) - truth["position"][..., 1]).abs().mean() < 0.015
+    assert data.circular(data.read_timbre(back["audio"]), truth["hue"]).mean() < 0.05
+
+
+def test_latents_have_zero_mean_and_unit_variance(fitted):
+    clips, _ = data.toy_clips(768, 0)
+    for m in clips:
+        z = fitted[m].encode(clips[m])
+        parts = [z[:, 1:]] if m == "video" else [z]  # the first frame's components are fitted on every frame
+        for part in parts:
+            flat = part.flatten(0, -2)
+            assert flat.mean(0).abs().max() < 1e-3 and (flat.std(0) - 1).abs().max() < 1e-3
+        assert fitted[m].z_max == z.abs().max()
+
+
+def test_video_latents_are_causal_and_patches_keep_their_place(toy, fitted):
+    video = toy[0]["video"][:2].clone()
+    z = fitted["video"].encode(video)
+    video[:, 9:] = 255 - video[:, 9:]  # frames 9.. belong to segments 3 and 4
+    changed = (fitted["video"].encode(video) != z).flatten(2).any(-1)[0]
+    assert changed.tolist() == [False, False, False, True, True]
+    one = toy[0]["video"][:1].clone()
+    one[:, 5:9, :16, 16:] = 128  # the upper right patch of segment 2
+    where = (fitted["video"].encode(one) != fitted["video"].encode(toy[0]["video"][:1])).any(-1)[0]
+    assert where.nonzero().tolist() == [[2, 0, 1]]
+
+
+def test_a_full_basis_loses_nothing():
+    video = torch.randint(0, 256, (3, 5, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokenizer = data.PatchTokenizer(av_modalities(8, (4, 4), 4 * 4 * 4 * 3, 0.125, 8, frames=5)[0], 16)
+    tokenizer.fit(video)
+    error = (tokenizer.decode(tokenizer.encode(video)).int() - video.int()).abs().max()
+    assert error <= 1  # fewer patches than dimensions: the basis spans them all, the other channels stay zero
+
+
+def test_istft_inverts_stft_and_stft_is_torchs(fitted, toy):
+    t, sound = fitted["audio"], toy[0]["audio"][:2]
+    frames = t.stft(sound)
+    torch.testing.assert_close(t.istft(frames), sound, atol=1e-5, rtol=1e-4)
+    edge = (t.size - t.hop) // 2
+    padded = torch.nn.functional.pad(sound, (edge, t.size - t.hop - edge))
+    theirs = torch.stft(padded, t.size, t.hop, window=torch.hann_window(t.size), center=False, return_complex=True)
+    torch.testing.assert_close(frames, theirs.mT, atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_does_not_depend_on_the_batch(fitted, toy):
+    z = fitted["audio"].encode(toy[0]["audio"][:4])
+    torch.testing.assert_close(fitted["audio"].decode(z)[2:3], fitted["audio"].decode(z[2:3]), atol=1e-3, rtol=1e-2)
+
+
+# --- Folders and files ----------------------------------------------------------------
+
+
+def make_clip(path, seconds=5.0, fps=25, size=(48, 80), rate=22050, tone=440.0, sound=True):
+    """A clip whose left half is red, right half blue, with one tone; -> path."""
+    frame = np.zeros((*size, 3), np.uint8)
+    frame[:, : size[1] // 2, 0] = frame[:, size[1] // 2 :, 2] = 200
+    extra = {}
+    if sound:
+        wav = path.with_suffix(".tone.wav")
+        soundfile.write(wav, 0.5 * np.sin(2 * math.pi * tone * np.arange(int(seconds * rate)) / rate), rate)
+        extra = {"audio_path": str(wav), "audio_codec": "aac" if path.suffix == ".mp4" else None}
+    with imageio.get_writer(path, fps=fps, macro_block_size=1, ffmpeg_log_level="error", **extra) as writer:
+        for _ in range(round(seconds * fps)):
+            writer.append_data(frame)
+    if sound:
+        wav.unlink()
+    return path
+
+
+FOLDER = av_modalities(8, (2, 2), 12, 0.125, 8)
+
+
+def test_a_clip_is_resampled_cropped_and_cut(tmp_path):
+    for name, fps in (("plain.mp4", 25), ("-lead ing 'q\" ü.mkv", 10)):
+        path = make_clip(tmp_path / name, fps=fps)
+        clips = data.clip_windows(path, FOLDER, 8, 32, 16000)
+        assert clips["video"].shape == (2, 17, 32, 32, 3) and clips["audio"].shape == (2, 34000)
+        left, right = clips["video"][..., 4:12, :].float().mean((0, 1, 2, 3)), clips["video"][..., 20:28, :].float().mean((0, 1, 2, 3))
+        assert left[0] > 150 > 50 > left[2] and right[2] > 150 > 50 > right[0]
+        for window in clips["audio"]:
+            line = torch.fft.rfft(window[4000:20000] * torch.hann_window(16000)).abs().argmax()
+            assert abs(line - 440) <= 1  # one line a hertz
+
+
+def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
+    make_clip(tmp_path / "b_good.mp4")
+    make_clip(tmp_path / "c_silent.mp4", sound=False)
+    make_clip(tmp_path / "d_short.mp4", seconds=1.5)
+    (tmp_path / "e_broken.mp4").write_bytes((tmp_path / "b_good.mp4").read_bytes()[:300])
+    (tmp_path / "a_notes.txt").write_text("not a clip")
+    clips = data.load_clips(str(tmp_path), "train", FOLDER, 8, 32, 16000)
+    assert len(clips["video"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["skipped c_silent.mp4", "skipped d_short.mp4", "skipped e_broken.mp4"]
+    assert "no sound" in lines[0] and "2.12 s are needed" in lines[1]
+    with pytest.raises(ValueError, match="no usable clip"):
+        data.load_clips(str(tmp_path), "held", FOLDER, 8, 32, 16000)  # a_notes.txt is the file set aside
+
+
+def test_a_folder_is_split_by_file(tmp_path):
+    for i in range(3):
+        make_clip(tmp_path / f"{i}.mp4", tone=300 + 200 * i)
+    train, held = (data.load_clips(str(tmp_path), split, FOLDER, 8, 32, 16000) for split in ("train", "held"))
+    pitch = lambda x: torch.fft.rfft(x[:, :16000]).abs().argmax(-1).tolist()
+    assert pitch(held["audio"]) == [300, 300] and pitch(train["audio"]) == [500, 500, 700, 700]
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips beside the project")
+def test_real_clips():
+    for path in sorted(CLIPS.iterdir()):
+        clips = data.clip_windows(path, FOLDER, 8, 32, 16000)
+        assert len(clips["video"]) >= 2 and clips["video"].float().std() > 5 and clips["audio"].std() > 1e-3
+    # the spacecraft film holds 320 x 180 with 8 kHz sound and 480 x 270 with 16 kHz sound
+    assert data.best_streams(CLIPS / "nasa_13013.mp4") == ("0:3", "0:4")
+
+
+def latents_file(path, **change):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "video": 3 * rng.standard_normal((12, 3, 2, 2, 4)) + 1,
+        "audio": rng.standard_normal((12, 6, 5)),
+        "video_edges": np.array([0, 0.1, 0.5, 0.9]),
+        "audio_edges": np.linspace(0, 0.9, 7),
+    }
+    np.savez(path, **{k: v for k, v in {**arrays, **change}.items() if v is not None})
+    return str(path)
+
+
+def test_latents_are_read_and_standardized(tmp_path):
+    path = latents_file(tmp_path / "z.npz")
+    latents, modalities = data.read_latents(path)
+    assert [(m.name, m.shape) for m in modalities] == [("video", (3, 2, 2, 4)), ("audio", (6, 5))]
+    assert modalities[0].edges == (0, 0.1, 0.5, 0.9)
+    train, held = (data.load_clips(path, split, modalities, 0, 0, 0) for split in ("train", "held"))
+    assert len(train["video"]) == 10 and torch.equal(held["audio"], latents["audio"][[0, 10]])
+    tokenizer = data.make_tokenizers(path, modalities, 0, 0)["video"]
+    tokenizer.fit(latents["video"])
+    z = tokenizer.encode(latents["video"]).flatten(0, -2)
+    assert z.mean(0).abs().max() < 1e-5 and (z.std(0) - 1).abs().max() < 1e-5
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(latents["video"])), latents["video"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"audio": None}, "must hold"),
+        ({"video_edges": np.array([0, 0.1, 0.5])}, "does not fit"),
+        ({"video_edges": np.array([0, 0.5, 0.1, 0.9])}, "do not rise"),
+        ({"audio": np.full((12, 6, 5), np.nan)}, "not finite"),
+        ({"audio": np.zeros((11, 6, 5))}, "does not fit"),
+        ({"audio": np.array([{"code": 1}], dtype=object)}, "no .npz of plain arrays"),
+    ],
+)
+def test_wrong_latents_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        data.read_latents(latents_file(tmp_path / "z.npz", **change))
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="no .npz"):
+        data.read_latents(tmp_path / "junk.npz")

@@ -1,0 +1,380 @@
+"""Loss, masks and sampling against closed forms, slow loops written from the paper, and spies."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_method import THREE, TOY, alpha_bar, latents, randomized
+
+from avdit import (
+    METHODS,
+    SAMPLERS,
+    AVDiT,
+    NoiseSchedule,
+    generate,
+    sample_timesteps,
+    self_condition,
+    span_mask,
+    task_mask,
+    training_loss,
+)
+
+SCHEDULE = NoiseSchedule()
+
+
+class Spy:
+    """A made-up denoiser that keeps what it is shown. It mixes all elements, so that nothing given goes unnoticed."""
+
+    def __init__(self, prediction="eps"):
+        self.prediction, self.calls = prediction, []
+
+    def __call__(self, z_t, t, z0_prev=None):
+        keep = lambda x: None if x is None else {m: v.clone() for m, v in x.items()}
+        self.calls.append((keep(z_t), keep(t), keep(z0_prev)))
+        mean = sum(z.flatten(1).mean(1) for z in z_t.values())
+        if z0_prev is not None:
+            mean = mean + sum(z.flatten(1).mean(1) for z in z0_prev.values())
+        out = {}
+        for m, z in z_t.items():
+            shape = (-1, *[1] * (z.ndim - 1))
+            level = t[m].reshape(*t[m].shape, *[1] * (z.ndim - 2)) / 1000
+            out[m] = torch.tanh(0.7 * z + 0.3 * mean.reshape(shape) + level)
+        return out
+
+
+def masks(modalities, batch, seed):
+    g = torch.Generator().manual_seed(seed)
+    return {m.name: torch.rand(batch, m.N, generator=g) < 0.5 for m in modalities}
+
+
+def wide(mask, z):
+    return mask.expand(z.shape[:2]).reshape(*z.shape[:2], *[1] * (z.ndim - 2)).expand(z.shape)
+
+
+# --- Training loss --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("conditioning", [False, True])
+def test_loss_is_eq_6(prediction, conditioning):
+    spy, ab = Spy(prediction), torch.tensor(alpha_bar())
+    z0, eps = latents(THREE, 3, 1, torch.float64), latents(THREE, 3, 2, torch.float64)
+    t = sample_timesteps("ptm", THREE, 3, 1000, torch.Generator().manual_seed(0))
+    t["audio"][1] = 0  # a given modality
+    z_max = {m.name: 1.5 for m in THREE}
+    loss, errors = training_loss(spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, return_errors=True)
+    assert len(spy.calls) == 1 + conditioning
+    prev = None
+    if conditioning:  # the pass without gradient sees none; its estimate, clamped, goes beside z_t
+        assert spy.calls[0][2] is None
+        first = Spy(prediction)(*spy.calls[0])
+        prev = {}
+        for m in z0:
+            a, s = (wide(x[t[m]], z0[m]) for x in (ab.sqrt(), (1 - ab).sqrt()))
+            z_t = a * z0[m] + s * eps[m]
+            z0_hat = a * z_t - s * first[m] if prediction == "v" else (z_t - s * first[m]) / a
+            prev[m] = torch.where(wide(t[m] == 0, z_t), z0[m], z0_hat.clamp(-1.5, 1.5))
+            torch.testing.assert_close(spy.calls[1][2][m], prev[m], atol=1e-4, rtol=1e-4)
+    total = count = 0.0
+    for m in z0:
+        for b in range(3):
+            for n in range(z0[m].shape[1]):
+                level = ab[t[m][b, n]]
+                a, s = level.sqrt(), (1 - level).sqrt()
+                target = eps[m][b, n] if prediction == "eps" else a * eps[m][b, n] - s * z0[m][b, n]
+                out = Spy(prediction)(*spy.calls[-1])[m][b, n]
+                square = ((out - target) ** 2).sum().item()
+                assert abs(errors[m][b, n].item() - square / out.numel()) < 1e-5
+                if t[m][b, n] > 0:
+                    total, count = total + square, count + out.numel()
+    assert abs(loss.item() - total / count) < 1e-5
+
+
+def test_self_conditioning_carries_no_gradient():
+    model = randomized(AVDiT(THREE, 16, 1, 2))
+    z0, eps = latents(THREE, 2, 1), latents(THREE, 2, 2)
+    t = sample_timesteps("ptm", THREE, 2, 1000, torch.Generator().manual_seed(0))
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append((args[2], torch.is_grad_enabled())))
+    training_loss(model, SCHEDULE, z0, t, eps, self_conditioning=True).backward()
+    assert [grad for _, grad in seen] == [False, True] and seen[0][0] is None
+    assert not any(z.requires_grad for z in seen[1][0].values())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# --- Masks ----------------------------------------------------------------------------
+
+
+def test_task_masks_by_hand():
+    """Seconds given on the toy world: continue 0.625, continue-2s 0.125, inpaint 0.125 at the start and 0.5 at the end."""
+    spans = {"joint": [], "continue": [(0, 0.625)], "continue-2s": [(0, 0.125)], "inpaint": [(0, 0.125), (1.625, 2.125)]}
+    for task, given in spans.items():
+        for m in TOY:
+            want = [any(a <= m.edges[n] and m.edges[n + 1] <= b for a, b in given) for n in range(m.N)]
+            assert task_mask(task, TOY)[m.name].tolist() == want, (task, m.name)
+    assert task_mask("inpaint", TOY)["video"].tolist() == [True, False, False, False, True]
+    assert task_mask("a2v", TOY)["audio"].all() and not task_mask("a2v", TOY)["video"].any()
+    assert task_mask("v2a", TOY)["video"].all() and not task_mask("v2a", TOY)["audio"].any()
+    with pytest.raises(ValueError, match="use joint, a2v"):
+        task_mask("a2a", TOY)
+
+
+def test_span_mask_takes_whole_segments_only():
+    video = TOY[0]
+    assert span_mask(video, 0, 0.624).tolist() == [True, False, False, False, False]
+    assert span_mask(video, 0, 0.625 - 5e-7).tolist() == [True, True, False, False, False]
+    assert span_mask(video, 0.01, 2.125).tolist() == [False, True, True, True, True]
+
+
+# --- Sampling -------------------------------------------------------------------------
+
+
+def drawn(generator_seed, modalities, batch):
+    """The noises generate() draws, in their order: dicts, without end."""
+    g = torch.Generator().manual_seed(generator_seed)
+    while True:
+        yield {m.name: torch.randn(batch, *m.shape, generator=g, dtype=torch.float64) for m in modalities}
+
+
+@pytest.mark.parametrize("task", ["joint", "a2v"])
+def test_ddpm_is_algorithms_3_and_4(task):
+    """The paper's loop with all T steps, by hand, with the two misprinted factors as DDPM's Eq. 11 has them."""
+    T, betas = 1000, np.linspace(1e-4, 0.02, 1000)
+    ab, given = alpha_bar(), task_mask(task, TOY)
+    z0 = latents(TOY, 2, 1, torch.float64)
+    noise, spy = drawn(7, TOY, 2), Spy()
+    z = next(noise)
+    prev = None
+    for tau in range(T, 0, -1):
+        fresh = next(noise)
+        z = {m: torch.where(wide(given[m], z[m]), z0[m], z[m]) for m in z}
+        t = {m: torch.where(given[m], 0, tau).expand(2, -1) for m in z}
+        eps = spy(z, t, prev)
+        beta, alpha = betas[tau - 1], 1 - betas[tau - 1]
+        new = {}
+        for m in z:
+            new[m] = (z[m] - beta / math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(alpha)
+            new[m] = new[m] + (math.sqrt(beta) * fresh[m] if tau > 1 else 0)
+        z0_hat = {m: (z[m] - math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(ab[tau]) for m in z}
+        prev = {m: torch.where(wide(given[m], z[m]), z0[m], z0_hat[m].clamp(-3, 3)) for m in z}
+        z = new
+    got = generate(Spy(), SCHEDULE, z0, given, steps=T, sampler="ddpm", z_max={m: 3.0 for m in z0},
+                   generator=torch.Generator().manual_seed(7))  # fmt: skip
+    for m in z0:
+        want = torch.where(wide(given[m], z0[m]), z0[m], z[m])
+        torch.testing.assert_close(got[m], want, atol=1e-3, rtol=1e-3)  # a thousand steps in float32 coefficients
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_ddim_step_by_step(prediction):
+    """Every DDIM step is z0_hat and eps_hat mixed anew at the next level; the wanted part ends at t = 0."""
+    ab, spy, steps = alpha_bar(), Spy(prediction), 7
+    z0, given = latents(TOY, 2, 1, torch.float64), task_mask("continue", TOY)
+    got = generate(spy, SCHEDULE, z0, given, steps=steps, generator=torch.Generator().manual_seed(3))
+    taus = [round(1000 - 1000 * k / steps) for k in range(steps + 1)]
+    assert taus[-1] == 0 and len(spy.calls) == steps
+    states = [call[0] for call in spy.calls] + [got]
+    for i, (z, t, prev) in enumerate(spy.calls):
+        out = Spy(prediction)(z, t, prev)
+        for m in z:
+            assert (t[m] == torch.where(given[m], 0, taus[i])).all()
+            a, s, a2, s2 = (math.sqrt(x) for x in (ab[taus[i]], 1 - ab[taus[i]], ab[taus[i + 1]], 1 - ab[taus[i + 1]]))
+            z0_hat = (z[m] - s * out[m]) / a if prediction == "eps" else a * z[m] - s * out[m]
+            eps_hat = out[m] if prediction == "eps" else s * z[m] + a * out[m]
+            want = torch.where(wide(given[m], z[m]), z0[m], a2 * z0_hat + s2 * eps_hat)
+            torch.testing.assert_close(states[i + 1][m], want, atol=1e-5, rtol=1e-4)
+            if i + 1 < steps:  # self-conditioning: the estimate, and the clean value where given
+                seen = torch.where(wide(given[m], z[m]), z0[m], z0_hat)
+                torch.testing.assert_close(spy.calls[i + 1][2][m], seen, atol=1e-4, rtol=1e-4)
+    assert spy.calls[0][2] is None
+
+
+WAYS = [(method, sampler, 0.0) for method in METHODS for sampler in SAMPLERS] + [("monl", s, 1.5) for s in SAMPLERS]
+
+
+@pytest.mark.parametrize(("method", "sampler", "guidance"), WAYS)
+def test_given_comes_back_bit_identical_and_nan_elsewhere_changes_nothing(method, sampler, guidance):
+    model = randomized(AVDiT(THREE, 16, 1, 2, "v"))
+    for seed in range(3):  # a different mask for every example
+        z0, given = latents(THREE, 4, seed), masks(THREE, 4, seed)
+        poison = {m: torch.where(wide(given[m], z), z, math.nan) for m, z in z0.items()}
+        kwargs = {"steps": 4, "sampler": sampler, "method": method, "guidance": guidance}
+        a, b = (generate(model, SCHEDULE, z, given, generator=torch.Generator().manual_seed(1), **kwargs) for z in (z0, poison))
+        for m in z0:
+            keep = wide(given[m], z0[m])
+            assert torch.equal(a[m][keep], z0[m][keep])
+            assert torch.equal(a[m], b[m]) and a[m].isfinite().all()
+            assert not (a[m] == z0[m])[~keep].any()
+
+
+def test_one_mask_for_all_equals_the_same_mask_for_each():
+    model, z0, given = randomized(AVDiT(THREE, 16, 1, 2)), latents(THREE, 3), masks(THREE, 1, 5)
+    one, each = (
+        generate(model, SCHEDULE, z0, g, steps=3, generator=torch.Generator().manual_seed(1))
+        for g in ({m: x[0] for m, x in given.items()}, {m: x.expand(3, -1) for m, x in given.items()})
+    )
+    assert all(torch.equal(one[m], each[m]) for m in z0)
+
+
+@pytest.mark.parametrize("drop", [None, ["audio"], ["video", "touch"]])
+def test_guidance_is_eq_16_and_leaks_nothing(drop):
+    """Each step calls the model twice; the result is (1 + s) cond - s uncond; the second call knows no dropped clean value."""
+    s, spy = 2.5, Spy()
+    z0, given = latents(THREE, 2, 1, torch.float64), masks(THREE, 2, 3)
+    got = generate(spy, SCHEDULE, z0, given, steps=3, guidance=s, guidance_drop=drop, generator=torch.Generator().manual_seed(2))
+    states = [call[0] for call in spy.calls[::2]] + [got]
+    assert len(spy.calls) == 6
+    for i in range(3):
+        (z, t, prev), (z_u, t_u, prev_u) = spy.calls[2 * i : 2 * i + 2]
+        tau, tau2 = ([1000, 667, 333, 0][k] for k in (i, i + 1))
+        cond, uncond = Spy()(z, t, prev), Spy()(z_u, t_u, prev_u)
+        for m in z0:
+            dropped = given[m] & (drop is None or m in drop)
+            wanted = wide(~given[m], z0[m])
+            assert (t_u[m] == torch.where(dropped, 1000, torch.where(given[m], 0, tau))).all()
+            assert torch.equal(z_u[m][wide(~dropped, z[m])], z[m][wide(~dropped, z[m])])
+            noise = z_u[m][wide(dropped, z[m])]
+            assert not torch.isin(noise, z0[m]).any() and (noise.numel() < 20 or abs(noise.std() - 1) < 0.5)
+            if i:
+                assert (prev_u[m][wide(dropped, z[m])] == 0).all()
+                assert torch.equal(prev[m][wide(given[m], z[m])], z0[m][wide(given[m], z[m])])
+            ab, ab2 = alpha_bar()[tau], alpha_bar()[tau2]
+            eps = (1 + s) * cond[m] - s * uncond[m]  # Eq. 16
+            step = math.sqrt(ab2) * (z[m] - math.sqrt(1 - ab) * eps) / math.sqrt(ab) + math.sqrt(1 - ab2) * eps
+            torch.testing.assert_close(states[i + 1][m][wanted], step[wanted], atol=1e-4, rtol=1e-4)
+
+
+def test_replacement_shows_the_noised_truth_and_the_models_own_estimate():
+    z0, given, ab = latents(TOY, 200, 1, torch.float64), task_mask("inpaint", TOY), alpha_bar()
+    spy = Spy()
+    generate(spy, SCHEDULE, z0, given, steps=5, method="replacement", generator=torch.Generator().manual_seed(2))
+    for i, (z, t, prev) in enumerate(spy.calls):
+        tau = 1000 - 200 * i
+        for m in z0:
+            assert (t[m] == tau).all()  # the model is told one level for everything
+            residual = (z[m] - math.sqrt(ab[tau]) * z0[m])[:, given[m]] / math.sqrt(1 - ab[tau])
+            assert abs(residual.mean()) < 0.03 and abs(residual.std() - 1) < 0.03
+            if i:
+                z_, t_, prev_ = spy.calls[i - 1]
+                before = 1000 - 200 * (i - 1)
+                own = (z_[m] - math.sqrt(1 - ab[before]) * Spy()(z_, t_, prev_)[m]) / math.sqrt(ab[before])
+                torch.testing.assert_close(prev[m], own, atol=1e-4, rtol=1e-4)
+
+
+def test_reconstruction_guidance_moves_by_eqs_9_to_12():
+    """One step against numerical derivatives of the squared error in the step's input."""
+    strength, z0, given = 0.3, latents(TOY, 1, 1, torch.float64), task_mask("continue", TOY)
+    spy, ab, tau, tau2 = Spy(), alpha_bar(), 1000, 500
+    generate(spy, SCHEDULE, z0, given, steps=2, method="reconstruction", strength=strength, generator=torch.Generator().manual_seed(2))
+    (z, t, _), (after, _, _) = spy.calls
+    a, s, a2, s2 = (math.sqrt(x) for x in (ab[tau], 1 - ab[tau], ab[tau2], 1 - ab[tau2]))
+
+    def step(z):
+        eps = Spy()(z, t, None)
+        return {m: a2 * (z[m] - s * eps[m]) / a + s2 * eps[m] for m in z}
+
+    def error(z):  # the given part of the next call is the noised truth at the step's new t
+        out = step(z)
+        return sum(((out[m] - after[m])[:, given[m]] ** 2).sum().item() for m in z)
+
+    plain = step(z)
+    for m, place in (("video", (0, 3, 1, 0, 5)), ("audio", (0, 9, 11))):
+        up, down = ({k: v.clone() for k, v in z.items()} for _ in "ab")
+        up[m][place] += 1e-4
+        down[m][place] -= 1e-4
+        gradient = (error(up) - error(down)) / 2e-4
+        assert abs(gradient) > 1e-3
+        want = plain[m][place] - strength * s2 * gradient
+        torch.testing.assert_close(after[m][place], want, atol=abs(strength * gradient) * 1e-3, rtol=1e-4)
+
+
+def gaussian(modalities, seed):
+    """A random jointly Gaussian world over all elements and its exact eps-predictor at any timestep vector."""
+    g = torch.Generator().manual_seed(seed)
+    size = sum(math.prod(m.shape) for m in modalities)
+    root = torch.randn(size, size, generator=g, dtype=torch.float64) / math.sqrt(size)
+    cov = root @ root.T + 0.1 * torch.eye(size, dtype=torch.float64)
+    mean = torch.randn(size, generator=g, dtype=torch.float64)
+    ab = torch.tensor(alpha_bar())
+
+    def flat(z):
+        return torch.cat([z[m.name].flatten(1) for m in modalities], 1)
+
+    def unflat(x):
+        parts = x.split([math.prod(m.shape) for m in modalities], 1)
+        return {m.name: p.reshape(-1, *m.shape) for m, p in zip(modalities, parts)}
+
+    def oracle(z_t, t, z0_prev=None):
+        level = flat({m.name: wide(ab[t[m.name]], z_t[m.name]) for m in modalities})
+        out = []
+        for z, a, s in zip(flat(z_t), level.sqrt(), (1 - level).sqrt()):
+            noisy = a[:, None] * cov * a + torch.diag(s * s)  # E[eps | z] = S (D C D + S^2)^-1 (z - D mean)
+            out.append(s * torch.linalg.solve(noisy, z - a * mean))
+        return unflat(torch.stack(out))
+
+    return mean, cov, oracle, flat, unflat
+
+
+@pytest.mark.parametrize(("given_audio", "given_video"), [(None, None), (slice(None), None), (slice(2), slice(1))])
+def test_exact_gaussian_conditionals(given_audio, given_video):
+    """With the exact denoiser, many-step DDIM is a linear map from N(0, I): compare its mean and covariance exactly."""
+    from avdit import Modality
+
+    small = [Modality("video", (2,), 1, (0, 0.5, 1)), Modality("audio", (), 1, (0, 0.25, 0.5, 0.75, 1))]
+    mean, cov, oracle, flat, unflat = gaussian(small, 1)
+    given = {m.name: torch.zeros(m.N, dtype=torch.bool) for m in small}
+    for name, part in (("audio", given_audio), ("video", given_video)):
+        if part is not None:
+            given[name][part] = True
+    g = torch.Generator().manual_seed(0)
+    n = 4000
+    x = mean + torch.randn(1, len(mean), generator=g, dtype=torch.float64) @ torch.linalg.cholesky(cov).T
+    truth = {m: z.expand(n, *z.shape[1:]) for m, z in unflat(x).items()}
+
+    class Batched:  # one call for all samples: the mask is the same, so one solve serves them all
+        def __call__(self, z_t, t, z0_prev=None):
+            level = flat({m: wide(torch.tensor(alpha_bar())[t[m][:1]], z_t[m][:1]) for m in z_t})[0]
+            a, s = level.sqrt(), (1 - level).sqrt()
+            noisy = a[:, None] * cov * a + torch.diag(s * s)
+            return unflat(torch.linalg.solve(noisy, (flat(z_t) - a * mean).T).T * s)
+
+    first = {m: z[:2] for m, z in truth.items()}
+    t = {m.name: torch.where(given[m.name], 0, 300).expand(2, -1) for m in small}
+    for m in first:
+        torch.testing.assert_close(Batched()(first, t)[m], oracle(first, t)[m])
+    got = flat(generate(Batched(), SCHEDULE, truth, given, steps=500, generator=torch.Generator().manual_seed(5)))
+    held = flat({m.name: wide(given[m.name], truth[m.name][:1]) for m in small})[0]
+    gain = cov[~held][:, held] @ torch.linalg.inv(cov[held][:, held]) if held.any() else torch.zeros((~held).sum(), 0).double()
+    want_mean = mean[~held] + gain @ (x[0, held] - mean[held])
+    want_cov = cov[~held][:, ~held] - gain @ cov[held][:, ~held]
+    scale = want_cov.diagonal().sqrt()
+    assert ((got[:, ~held].mean(0) - want_mean).abs() < 0.02 * scale.max() + 5 * scale / math.sqrt(n)).all()
+    error = (got[:, ~held].T.cov() - want_cov).abs() / (scale[:, None] * scale)
+    assert error.max() < 0.02 + 5 * math.sqrt(2 / n)
+
+
+def test_wrong_arguments_are_named():
+    z0, given = latents(TOY, 1), task_mask("joint", TOY)
+    for kwargs, message in (
+        ({"sampler": "euler"}, "use ddpm, ddim"),
+        ({"method": "magic"}, "use monl, replacement, reconstruction"),
+        ({"steps": 0}, "use 1 to 1000"),
+        ({"steps": 1001}, "use 1 to 1000"),
+        ({"guidance": 1.0, "method": "replacement"}, "use method monl"),
+        ({"guidance_drop": ["smell"]}, "use video, audio"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(Spy(), SCHEDULE, z0, given, **kwargs)
+
+
+def test_on_step_counts_every_step():
+    seen = []
+    generate(Spy(), SCHEDULE, latents(TOY, 1), task_mask("joint", TOY), steps=3, on_step=lambda *a: seen.append(a))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_clamp_never_touches_a_clean_value():
+    z_t, t = {"audio": torch.full((1, 2, 1), 9.0)}, {"audio": torch.tensor([[0, 5]])}
+    out = self_condition({"audio": torch.full((1, 2, 1), 9.0)}, z_t, t, {"audio": 2.0})
+    assert out["audio"].flatten().tolist() == [9.0, 2.0]

@@ -1,0 +1,342 @@
+"""train.py and sample.py as a user runs them."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_data import CLIPS, latents_file, make_clip
+
+import data
+import sample
+import train
+from avdit import PRESETS, STRATEGIES, task_mask
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, *arguments, cwd):
+    """The script as a process of its own, as a user starts it."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """The same in this process, which spares the start-up: -> exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = script.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """Arguments of a four-step run on a small file of latents."""
+    latents_file(tmp_path / "z.npz")
+    return ("--data", "z.npz", "--out", "runs/z", "--steps", 4, "--batch", 4, "--save-every", 2)
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """A model that has seen the toy world for about a minute. It serves every test of sampling, and one of learning."""
+    folder = tmp_path_factory.mktemp("toy")
+    done = run("train.py", "--steps", 400, "--batch", 32, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs/toy"
+
+
+def checkpoint(folder):
+    return torch.load(folder / "runs/z/ckpt.pt", weights_only=True)
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(call, latents, tmp_path):
+    """Killed after the checkpoint at step 2 and resumed: weights, EMA, optimizer and log bit for bit."""
+    assert call(train, *latents)[0] == 0
+    whole, log = checkpoint(tmp_path), (tmp_path / "runs/z/log.csv").read_text()
+    shutil.rmtree(tmp_path / "runs")
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train; save = train.save\n"
+        "train.save = lambda path, state: (save(path, state), os._exit(9))\n"
+        f"sys.argv = ['train.py', *{[str(x) for x in latents]!r}]; train.main()"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=False)
+    assert killed.returncode == 9 and checkpoint(tmp_path)["step"] == 2
+    status, out, _ = call(train, *latents, "--resume")
+    assert status == 0 and "resuming at step 2" in out
+    resumed = checkpoint(tmp_path)
+    for part in ("model", "ema", "optimizer", "tokenizers", "step", "log"):
+        assert equal(resumed[part], whole[part]), part
+    assert (tmp_path / "runs/z/log.csv").read_text() == log
+
+
+def test_resume_starts_fresh_where_nothing_was_saved(call, latents):
+    status, out, _ = call(train, *latents, "--resume")
+    assert status == 0 and "starting fresh" in out
+    status, _, err = call(train, *latents, "--resume", "--lr", 1)
+    assert status == 2 and "trained with lr" in err
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    modalities = PRESETS["toy"].modalities
+    config = train.Config(batch=6)
+    train.complete(config)
+    draws = [train.draw(config, modalities, 4096, 1000, step) for step in (7, 8, 7)]
+    assert equal(draws[0], draws[2]) and not equal(draws[0][:3], draws[1][:3])
+    config.seed = 1
+    assert not torch.equal(train.draw(config, modalities, 4096, 1000, 7)[0], draws[0][0])
+    coins = [train.draw(config, modalities, 4096, 1000, step)[3] for step in range(600)]
+    assert abs(sum(coins) / 600 - 0.9) < 4 * (0.09 / 600) ** 0.5
+
+
+def test_learning_rate_is_app_b():
+    config = train.Config(preset="paper")
+    train.complete(config)
+    assert config.batch == 256 and config.steps == 400_000
+    rates = [train.learning_rate(config, step) for step in (0, 2499, 4999, 200_000, 399_999)]
+    assert rates[0] == pytest.approx(1e-7) and rates[1] == pytest.approx(2.5e-4, rel=1e-3)
+    assert rates[2] == pytest.approx(5e-4, rel=1e-3) and rates[3] == pytest.approx(2.5e-4) and rates[4] < 1e-12
+
+
+def test_log_bins_by_modality_and_noise_level(tmp_path):
+    modalities = PRESETS["toy"].modalities
+    log = train.Log(tmp_path / "log.csv", modalities, "cpu")
+    log.open(0)
+    t = {m.name: torch.full((2, m.N), 1000) for m in modalities}
+    t["video"][0] = 100
+    t["audio"][1] = 0  # given: in no bin
+    errors = {m.name: torch.full((2, m.N), 3.0) for m in modalities}
+    errors["video"][0] = 1.0
+    errors["audio"][1] = 77.0
+    log.add(errors, t, 1000)
+    log.write(5, 10)
+    row = next(csv.DictReader((tmp_path / "log.csv").open()))
+    assert float(row["video_t1_100"]) == 1 and float(row["video_t901_1000"]) == 3 and row["video_t101_200"] == ""
+    assert float(row["video"]) == 2 and float(row["audio"]) == 3
+    video, audio = (m.N * m.P * m.channels for m in modalities)
+    assert float(row["loss"]) == pytest.approx((video * 4 + audio * 3) / (2 * video + audio), abs=1e-5)
+    log.add({m: e * float("nan") for m, e in errors.items()}, t, 1000)
+    with pytest.raises(FloatingPointError, match="step 6"):
+        log.check(6)
+
+
+@pytest.mark.parametrize("flags", [("--accumulate", 2), ("--dtype", "bf16"), ("--prediction", "eps"), ("--mixture", "pt+task:v2a")])
+def test_ways_to_train(call, latents, tmp_path, flags):
+    assert call(train, *latents)[0] == 0
+    plain = checkpoint(tmp_path)["model"]
+    assert call(train, *latents, *flags)[0] == 0
+    other = checkpoint(tmp_path)["model"]
+    distance = max((a - b).abs().max().item() for a, b in zip(plain.values(), other.values()))
+    if flags[0] == "--accumulate":
+        assert distance < 5e-5  # rounding, through four AdamW steps of at most 8e-5
+    else:
+        assert distance > 0 and all(x.isfinite().all() for x in other.values())
+
+
+# --- sample.py ------------------------------------------------------------------------
+
+
+def test_every_task_writes_picture_and_sound(toy_run, tmp_path):
+    done = run("sample.py", "--ckpt", toy_run, "--n", 2, "--steps", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained = sample.Trained(toy_run, torch.device("cpu"))
+    held, _ = data.toy_clips(2, 1)
+    for task in ("joint", "a2v", "v2a", "inpaint", "continue", "continue-2s"):
+        folder = tmp_path / "samples" / task
+        out = np.load(folder / "samples.npz", allow_pickle=False)
+        assert out["video"].shape == (2, 17, 32, 32, 3) and out["video"].dtype == np.uint8
+        assert out["audio"].shape == (2, 17000) and out["audio"].dtype == np.float32
+        assert out["fps"] == 8 and out["sample_rate"] == 8000
+        seconds = {"continue": 0.625, "continue-2s": 0.125}.get(task)
+        if seconds:
+            assert out["given_video"].tolist() == [i / 8 < seconds for i in range(17)]
+            assert out["given_audio"].sum() == 8000 * seconds and out["given_audio"][: int(8000 * seconds)].all()
+        if task == "joint":
+            assert "condition" not in out and not out["given_video"].any()
+        else:
+            assert out["condition"].tolist() == [0, 1] and np.array_equal(out["video_true"], held["video"].numpy())
+        given = out["given_video"]  # the given frames are the tokenizer's version of the truth
+        z = trained.encode(held)
+        assert np.array_equal(out["video"][:, given], trained.decode(z)["video"].numpy()[:, given])
+        frames = imageio.v3.imread(folder / "01.mp4")
+        assert len(frames) == 17 and frames[0].shape[1] == 256
+        assert "Audio: aac" in data.ffmpeg(folder / "01.mp4")[1]
+        sound, rate = soundfile.read(folder / "01.wav")
+        assert rate == 8000 and np.abs(sound - out["audio"][1]).max() < 1e-3
+        assert (folder / "sheet.png").stat().st_size > 1000
+
+
+def test_the_tracks_show_what_is_given(tmp_path):
+    given = np.array([True] * 4 + [False] * 12)
+    bar = sample.track(given, 64)
+    assert (bar[:, :16] == sample.GREY).all() and (bar[:, 16:] == sample.GREEN).all()
+
+
+def test_given_spans_and_guidance(call, toy_run, tmp_path):
+    arguments = ("--given", "video:0-0.625", "audio:0-2.125", "--n", 1, "--steps", 2, "--guidance", 2)
+    status, _, err = call(sample, "--ckpt", toy_run, *arguments, "--guidance-drop", "audio")
+    assert status == 0, err
+    out = np.load(tmp_path / "samples/custom/samples.npz")
+    assert out["given_video"].sum() == 5 and out["given_audio"].all()
+
+
+def test_a_minute_of_training_beats_chance(call, toy_run):
+    """The row of every task; on a2v the picture follows the sound's pitch and timbre, far better than chance."""
+    status, out, err = call(sample, "--ckpt", toy_run, "--n", 64, "--steps", 20, "--score")
+    assert status == 0, err
+    header, *rows = [line.split() for line in out.splitlines()[1:]]
+    table = {name: dict(zip(header, values)) for name, *values in rows}
+    assert list(table) == ["tokenizer", "joint", "a2v", "v2a", "inpaint", "continue", "continue-2s"]
+    assert float(table["tokenizer"]["align"]) < 0.02
+    assert float(table["a2v"]["align"]) < 0.33 / 3 and float(table["a2v"]["hue"]) < 0.25 / 3
+    assert float(table["a2v"]["spread"]) > 0.6  # and it still invents x
+
+
+def test_scores_of_real_clips_and_of_unrelated_ones(toy_run):
+    """Real clips score what the readers err; clips answered with other clips score chance."""
+    trained = sample.Trained(toy_run, torch.device("cpu"))
+    (real, _), (other, _) = data.toy_clips(256, 21), data.toy_clips(256, 22)
+    given = task_mask("continue", trained.modalities)
+    good = sample.score(trained, "continue", real, real, given, other)
+    assert good["align"] < 0.012 and good["path"] == 0 and good["hue"] == 0 and good["hue_heard"] < 0.003
+    assert good["shape"] < 0.002 and good["motion"] < 0.007
+    bad = sample.score(trained, "continue", other, real, given, other)
+    assert abs(bad["path"] - 1 / 3) < 0.03 and abs(bad["hue"] - 0.25) < 0.03 and abs(bad["hue_heard"] - 0.25) < 0.03
+    mixed = {"video": real["video"], "audio": other["audio"]}
+    assert abs(sample.score(trained, "joint", mixed, real, task_mask("joint", trained.modalities), other)["align"] - 1 / 3) < 0.03
+    spread = sample.score(trained, "a2v", real, real, task_mask("a2v", trained.modalities), other)["spread"]
+    assert abs(spread - 1) < 0.1  # positions of unrelated clips spread as the world does
+    same = {m: x[:16].repeat_interleave(16, 0) for m, x in real.items()}
+    assert sample.score(trained, "a2v", same, same, task_mask("a2v", trained.modalities), other)["spread"] < 0.01
+
+
+def test_frechet_distance():
+    """Against the closed form for Gaussians with commuting covariances, and zero for one set with itself."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(40000, 64, generator=g, dtype=torch.float64)
+    assert sample.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    b = 2 * torch.randn(40000, 64, generator=g, dtype=torch.float64) + 1
+    assert sample.frechet(a, b) == pytest.approx(64 * (1 + (2 - 1) ** 2), rel=0.02)
+
+
+# --- Other data -----------------------------------------------------------------------
+
+
+def test_folder_to_samples(call, tmp_path):
+    (tmp_path / "clips").mkdir()
+    for i in range(2):
+        make_clip(tmp_path / "clips" / f"{i}.mp4", tone=400 + 100 * i, seconds=2.4)
+    arguments = ("--data", "clips", "--size", 32, "--sample-rate", 8000, "--out", "runs/f", "--steps", 2, "--batch", 2)
+    status, _, err = call(train, *arguments)
+    assert status == 0, err
+    arguments = ("--task", "continue", "--n", 1, "--steps", 2, "--input", "clips/1.mp4")
+    status, _, err = call(sample, "--ckpt", "runs/f", *arguments)
+    assert status == 0, err
+    out = np.load(tmp_path / "samples/continue/samples.npz")
+    error = np.abs(out["video"][0, :5].astype(int) - out["video_true"][0, :5]).mean()
+    assert error < 4  # it trained on this clip: the given frames come back nearly as they are
+
+
+def test_latents_to_latents(call, latents, tmp_path):
+    assert call(train, *latents)[0] == 0
+    assert call(sample, "--ckpt", "runs/z", "--task", "continue", "--n", 2, "--steps", 2)[0] == 0
+    out = np.load(tmp_path / "samples/continue/samples.npz")
+    assert out["video"].shape == (2, 3, 2, 2, 4) and out["video_edges"].tolist() == [0, 0.1, 0.5, 0.9]
+    np.testing.assert_allclose(out["video"][:, :2], out["video_true"][:, :2], atol=1e-4)  # in the file's own scale
+    status, _, err = call(sample, "--ckpt", "runs/z", "--input", "clip.mp4")
+    assert status == 2 and "trained on a .npz" in err
+
+
+# --- Mistakes -------------------------------------------------------------------------
+
+
+MISTAKES = (
+    (train, "--preset huge", "toy"),
+    (train, "--mixture mono", "use monl, vanilla"),
+    (train, "--steps 0", "positive"),
+    (train, "--lr nan", "positive"),
+    (train, "--data nowhere", "neither toy nor a folder"),
+    (train, "--data none.npz", "none.npz"),
+    (train, "--data .", "no usable clip"),
+    (train, "--size 64", "for a folder"),
+    (train, "--batch 4 --accumulate 3", "does not divide"),
+    (train, "--stpes 3", "unrecognized"),
+    (sample, "--ckpt nowhere", "nowhere"),
+    (sample, "--ckpt junk.pt", "junk.pt"),
+    (sample, "--ckpt CKPT --task a2a", "a2v"),
+    (sample, "--ckpt CKPT --given smell:0-1", "use video, audio"),
+    (sample, "--ckpt CKPT --given video:zero", "MODALITY:START-END"),
+    (sample, "--ckpt CKPT --given video:0-0.01", "no whole segment"),
+    (sample, "--ckpt CKPT --steps 1001", "use 1 to 1000"),
+    (sample, "--ckpt CKPT --n 0", "at least 1"),
+    (sample, "--ckpt CKPT --score --n 5", "multiple of 16"),
+    (sample, "--ckpt CKPT --guidance 1 --method replacement", "use method monl"),
+    (sample, "--ckpt CKPT --guidance-drop smell", "use video, audio"),
+    (sample, "--ckpt CKPT --input nowhere.mp4", "nowhere.mp4"),
+)
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), MISTAKES)
+def test_a_mistake_gets_one_line_and_status_2(call, toy_run, tmp_path, script, arguments, message):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    status, _, err = call(script, *(str(toy_run) if word == "CKPT" else word for word in arguments.split()))
+    lines = [line for line in err.splitlines() if not line.startswith("skipped")]
+    assert status == 2 and len(lines) == 1 and message in lines[0], (status, err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device here")
+def test_an_absent_device_is_named(call, latents):
+    status, _, err = call(train, *latents, "--device", "cuda")
+    assert status == 2 and "no cuda here: use" in err
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(call, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": Bomb()}, tmp_path / "ckpt.pt")
+    status, _, err = call(sample, "--ckpt", tmp_path)
+    assert status == 2 and len(err.splitlines()) == 1 and not (tmp_path / "ran").exists()
+
+
+def test_the_tour_finds_every_equation_and_algorithm(tmp_path):
+    done = run("avdit.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("where in the paper")[1]
+    for i in range(3, 18):  # Eq. 1 and 2 are Eq. 6 with one timestep for everything
+        assert re.search(rf"Eq\. (\d+, )*{i}\b", table), f"Eq. {i}"
+    for i in range(1, 5):
+        assert f"Alg. {i}" in table
+    assert all(f"  {strategy} " in done.stdout for strategy in STRATEGIES)
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips beside the project")
+def test_a_real_clip_is_an_input(call, toy_run):
+    clip = CLIPS / "vas_dog_02677.mp4"
+    status, _, err = call(sample, "--ckpt", toy_run, "--task", "v2a", "--n", 1, "--steps", 1, "--input", clip)
+    assert status == 0, err
