@@ -246,9 +246,10 @@ class AVDiT(nn.Module):
         self.project_in = nn.ModuleDict({m.name: nn.Linear(2 * m.channels, dim) for m in modalities})
         self.project_out = nn.ModuleDict({m.name: nn.Linear(dim, m.channels) for m in modalities})
         # Temporal positions start as sinusoids of the segment's midpoint, so that segments of two modalities that
-        # happen together start alike; spatial positions (one for audio) also tell the modalities apart.
+        # happen together start alike; spatial positions (one for audio) also tell the modalities apart. They start as
+        # large as the temporal ones: at a tenth of that the model is slow to see where in the picture a token lies.
         self.time = nn.ParameterDict({m.name: nn.Parameter(sinusoid(1000 * m.midpoints, dim)) for m in modalities})
-        self.space = nn.ParameterDict({m.name: nn.Parameter(0.02 * torch.randn(m.P, dim)) for m in modalities})
+        self.space = nn.ParameterDict({m.name: nn.Parameter(0.5 * torch.randn(m.P, dim)) for m in modalities})
         self.embed = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)

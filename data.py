@@ -136,9 +136,10 @@ HOPS = 8  # spectrum frames of one segment of sound
 class Components(nn.Module):
     """Principal components: x (..., D) -> z (..., C), every channel with zero mean and unit variance.
 
-    Scaled to unit variance one by one, the faint components would weigh as much as the ball itself and the model
-    would spend its time on them. They are rotated among each other at random instead, which evens out the channels'
-    variances and leaves distances as they are. Channels beyond the rank of the data stay zero.
+    Brought to unit variance one by one, the faint components would weigh as much as the ball itself and the model
+    would spend its time on them; left as they are, it would never learn them. So their variances are moved half way
+    (to their square roots), and a random rotation then evens the channels out without changing any distance.
+    Channels beyond the rank of the data stay zero.
     """
 
     def __init__(self, dim, channels):
@@ -152,10 +153,12 @@ class Components(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.mean.copy_(x.mean(0))
-            basis = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)[2][:, :rank]
-            basis = basis @ torch.linalg.qr(torch.randn(rank, rank))[0]  # (D, rank), orthonormal
-        std = ((x - self.mean) @ basis).std(0).clamp(min=1e-6)
-        self.into[:, :rank], self.back[:rank] = basis / std, (basis * std).T
+            _, scale, basis = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)
+            rotation = torch.linalg.qr(torch.randn(rank, rank))[0]
+        root = (scale[:rank] / len(x) ** 0.5).clamp(min=1e-4).sqrt()  # of the components' standard deviations
+        std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).std(0)
+        self.into[:, :rank] = (basis[:, :rank] / root) @ rotation / std
+        self.back[:rank] = std[:, None] * rotation.T @ (basis[:, :rank] * root).T
 
     def encode(self, x):
         return (x - self.mean) @ self.into

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
+import train
 from avdit import (
     METHODS,
     PRESETS,
@@ -48,23 +49,23 @@ class Config:
 
 
 class Trained:
-    """A checkpoint made ready: network with averaged weights, tokenizers, and the settings it was trained with."""
+    """A checkpoint made ready: settings, the network with averaged weights, tokenizers."""
 
     def __init__(self, path, device):
         path = Path(path)
         state = load(path / "ckpt.pt" if path.is_dir() else path)
-        for name, value in state["config"].items():
-            setattr(self, name, value)
+        self.settings, self.device = train.Config(**state["config"]), device
         self.modalities = [Modality(**m) for m in state["modalities"]]
-        self.defaults, self.device = PRESETS[self.preset], device
-        self.model = self.defaults.model(self.modalities, self.prediction)
+        self.preset = PRESETS[self.settings.preset]
+        self.model = self.preset.model(self.modalities, self.settings.prediction)
         weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
         self.model.load_state_dict(weights)
         self.model.to(device).eval()
         self.schedule = NoiseSchedule().to(device)
-        self.tokenizers = data.make_tokenizers(self.data, self.modalities, self.size, self.sample_rate)
+        self.media = (self.settings.fps, self.settings.size, self.settings.sample_rate)
+        self.tokenizers = data.make_tokenizers(self.settings.data, self.modalities, *self.media[1:])
         self.tokenizers.load_state_dict(state["tokenizers"])
-        self.media = not data.is_latents(self.data)  # can its latents be decoded to picture and sound?
+        self.decodes = not data.is_latents(self.settings.data)  # to picture and sound, or only to latents?
 
     def encode(self, clips):
         return {m: data.in_chunks(t.encode, clips[m]) for m, t in self.tokenizers.items()}
@@ -72,14 +73,17 @@ class Trained:
     def decode(self, z):
         return {m: data.in_chunks(t.decode, z[m]) for m, t in self.tokenizers.items()}
 
-    def held_out(self, count):
-        return data.load_clips(self.data, "held", self.modalities, self.fps, self.size, self.sample_rate, count)
+    def clips(self, path=None, count=None):
+        """The clips that conditions are cut from: the one at `path`, or held-out ones."""
+        if path:
+            return {m: x[:1] for m, x in data.clip_windows(path, self.modalities, *self.media).items()}
+        return data.load_clips(self.settings.data, "held", self.modalities, *self.media, count)
 
     def per_frame(self, given):
-        """Masks of segments -> given_video (F,) and given_audio (samples,), numpy bool."""
-        rates = {"video": self.fps, "audio": self.sample_rate}
+        """Masks of segments -> given_video (F,), given_audio (samples,), bool."""
+        rates = {"video": self.settings.fps, "audio": self.settings.sample_rate}
         repeats = {m.name: torch.tensor(m.edges).diff().mul(rates[m.name]).round().long() for m in self.modalities}
-        return [given[m].repeat_interleave(repeats[m]).numpy() for m in ("video", "audio")]
+        return [given[m].repeat_interleave(repeats[m]) for m in rates]
 
 
 def parse_given(spans, modalities):
@@ -105,7 +109,7 @@ def sample(trained, config, given, z0, label):
     """Generate what z0, a dict of (n, ...), is not given -> dict of latents (n, ...). Progress goes to one line."""
     generator = torch.Generator().manual_seed(config.seed)
     z_max = {m: tokenizer.z_max.item() for m, tokenizer in trained.tokenizers.items()}
-    steps = config.steps or trained.defaults.sampling_steps
+    steps = config.steps or trained.preset.sampling_steps
     parts = []
     for start in range(0, config.n, 64):
 
@@ -114,7 +118,7 @@ def sample(trained, config, given, z0, label):
 
         part = generate(
             trained.model, trained.schedule, {m: z[start : start + 64].to(trained.device) for m, z in z0.items()}, given,
-            steps=steps, sampler=config.sampler or trained.defaults.sampler, guidance=config.guidance,
+            steps=steps, sampler=config.sampler or trained.preset.sampler, guidance=config.guidance,
             guidance_drop=config.guidance_drop or None, method=config.method, strength=config.strength, z_max=z_max,
             generator=generator, on_step=progress if sys.stdout.isatty() else None,
         )  # fmt: skip
@@ -221,7 +225,7 @@ def score(trained, task, clips, true, given, reference):
 
     Scores run over the generated frames and the sound at them, motion over the whole clip. See the README for each.
     """
-    seen_given, heard_given = (torch.from_numpy(mask) for mask in trained.per_frame(given))
+    seen_given, heard_given = trained.per_frame(given)
     at_frame = torch.arange(data.FRAMES) * data.RATE // data.FPS
     frames = ~(seen_given & heard_given[at_frame])
     position, hue, radius = data.read_video(clips["video"])
@@ -269,9 +273,9 @@ def check(config, trained):
     """-> the masks to sample, {task: mask}. ValueError where the settings contradict each other or the checkpoint."""
     if config.n < 1:
         raise ValueError(f"--n must be at least 1, not {config.n}")
-    if config.score and (trained.data != "toy" or config.n % 16 or config.input or config.given):
+    if config.score and (trained.settings.data != "toy" or config.n % 16 or config.input or config.given):
         raise ValueError("--score is for the toy world's own clips and tasks, and wants --n a multiple of 16")
-    if config.input and not trained.media:
+    if config.input and not trained.decodes:
         raise ValueError("--input needs latents that can be encoded: this checkpoint was trained on a .npz")
     for name in config.guidance_drop:
         check_choice("modality in --guidance-drop", name, trained.tokenizers)
@@ -280,20 +284,12 @@ def check(config, trained):
     return {task: task_mask(task, trained.modalities) for task in (TASKS if config.task == "all" else [config.task])}
 
 
-def read_clips(config, trained):
-    """The clips that conditions are cut from: one of --input, or held-out ones."""
-    if not config.input:
-        return trained.held_out(config.n)
-    clips = data.clip_windows(config.input, trained.modalities, trained.fps, trained.size, trained.sample_rate)
-    return {m: x[:1] for m, x in clips.items()}
-
-
 def package(trained, made, true, given, order):
     """Everything of one task as numpy arrays, the contents of samples.npz."""
     out = {m: x.numpy() for m, x in made.items()}
-    if trained.media:
-        out["given_video"], out["given_audio"] = trained.per_frame(given)
-        out.update(fps=trained.fps, sample_rate=trained.sample_rate)
+    if trained.decodes:
+        out["given_video"], out["given_audio"] = (mask.numpy() for mask in trained.per_frame(given))
+        out.update(fps=trained.settings.fps, sample_rate=trained.settings.sample_rate)
     else:  # latents come back as they came in, with their edges
         out.update({f"given_{m}": mask.numpy() for m, mask in given.items()})
         out.update({f"{m.name}_edges": np.array(m.edges) for m in trained.modalities})
@@ -305,7 +301,7 @@ def package(trained, made, true, given, order):
 def run(config):
     trained = Trained(config.ckpt, open_device(config.device)[0])
     tasks = check(config, trained)
-    clips = read_clips(config, trained)
+    clips = trained.clips(config.input, config.n)
     z_clips = trained.encode(clips)
     if config.score:
         reference, _ = data.toy_clips(1024, 2)
@@ -328,7 +324,7 @@ def run(config):
         folder.mkdir(parents=True, exist_ok=True)
         out = package(trained, made, true, given, order)
         np.savez_compressed(folder / "samples.npz", **out)
-        if trained.media:
+        if trained.decodes:
             write_media(folder, task, out, min(config.n, 8) if config.score else config.n)
         if not config.score:
             print(f"wrote {folder}")

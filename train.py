@@ -6,12 +6,14 @@ import math
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from avdit import PRESETS, NoiseSchedule, av_modalities, parse_mixture, sample_timesteps, training_loss
@@ -39,7 +41,7 @@ class Config:
     size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)")
     sample_rate: int = flag(None, "samples a second of a folder's sound (default 16000)")
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps", "xla"))
-    dtype: str = flag("fp32", "precision of the network's products", ("fp32", "bf16"))
+    dtype: str = flag("auto", "the network's products; auto: bf16 where the chip has it, else fp32", ("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network (needs a C++ compiler; pays on long runs)")
     accumulate: int = flag(1, "parts a batch is computed in, to save memory")
     save_every: int = flag(500, "steps between checkpoints")
@@ -86,6 +88,18 @@ def open_device(name):
     if not available[name]:
         raise ValueError(f"no {name} here: use {', '.join(k for k in available if available[k])} or auto")
     return torch.device(name), lambda: None
+
+
+def precision(name, device):
+    """-> context manager of a forward pass: bf16 products if asked for, or if "auto" finds that the chip has them."""
+    chip = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    native = chip.get("avx512_bf16") or chip.get("amx_bf16") or (device.type == "cuda" and torch.cuda.is_bf16_supported(False))
+    stack = ExitStack()
+    if name == "bf16" or (name == "auto" and native):
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        if device.type == "cpu":  # the gradient of its fused bf16 attention takes longer than all the rest of a step
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
 
 
 def complete(config):
@@ -262,7 +276,7 @@ def train(config, modalities):
         for rows in torch.arange(config.batch).chunk(config.accumulate):
             z0 = {m: z[index[rows]].to(device) for m, z in latents.items()}
             t_rows, eps_rows = ({m: x[rows].to(device) for m, x in xs.items()} for xs in (t, eps))
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+            with precision(config.dtype, device):
                 loss, errors = training_loss(net, schedule, z0, t_rows, eps_rows, z_max=z_max,
                                              self_conditioning=self_conditioning, return_errors=True)  # fmt: skip
             (loss / config.accumulate).backward()
