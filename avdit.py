@@ -506,8 +506,8 @@ class Preset:
 
 PRESETS = {
     # The toy world of data.py: ten minutes on two CPU cores. It regresses v: with eps the two modalities stay strangers.
-    "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 48), dim=128, depth=4, heads=4, prediction="v",
-                  batch=32, steps=4000, lr=2e-3, warmup=100, ema=0.995, sampler="ddim", sampling_steps=50),
+    "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 64), dim=128, depth=4, heads=4, prediction="v",
+                  batch=32, steps=7000, lr=2e-3, warmup=100, ema=0.995, sampler="ddim", sampling_steps=50),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
     "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps",
                     batch=256, steps=400_000, lr=5e-4, warmup=5000, ema=0.9999, sampler="ddim", sampling_steps=250),
