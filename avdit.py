@@ -131,7 +131,7 @@ def correspondence(modality, reference):
 
 
 def parse_mixture(mixture):
-    """"pt+pm*2" -> {"pt": 1.0, "pm": 2.0}; "monl" is the four strategies in equal shares. ValueError names the valid."""
+    """Turn "pt+pm*2" into {"pt": 1.0, "pm": 2.0}; "monl" is the four strategies in equal shares."""
     weights = {}
     for term in mixture.split("+"):
         name, _, factor = term.strip().partition("*")
@@ -319,10 +319,10 @@ def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max
     out = model(z_t, t, z0_prev)
     total, count, errors = 0, 0, {}
     for m in z0:
-        square = (out[m] - schedule.target(z0[m], eps[m], t[m], model.prediction)).square()
+        square = (out[m] - schedule.target(z0[m], eps[m], t[m], getattr(model, "prediction", "eps"))).square()
         wanted = per_segment(t[m] > 0, z0[m])  # a given segment, t = 0, is no part of the task [Eq. 3]
         total = total + torch.where(wanted, square, 0).sum()
-        count = count + wanted.sum() * (square[0, 0].numel())
+        count = count + wanted.sum() * square[0, 0].numel()
         errors[m] = square.detach().flatten(2).mean(-1)
     loss = total / count.clamp(min=1)
     return (loss, errors) if return_errors else loss
@@ -417,8 +417,8 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
     clean = {m: torch.where(fixed[m], z0[m], 0) for m in z0}
 
     def noise():  # drawn where the generator lives, so that every device sees the same
-        where = generator.device if generator else device
-        return {m: torch.randn(z.shape, generator=generator, device=where, dtype=z.dtype).to(device) for m, z in z0.items()}
+        kind = {"generator": generator, "device": generator.device if generator else device}
+        return {m: torch.randn(z.shape, dtype=z.dtype, **kind).to(device) for m, z in z0.items()}
 
     def pick(mask, yes, no):
         return {m: torch.where(mask[m], yes[m], no[m]) for m in z0}
@@ -433,8 +433,8 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
         cond = predict(model, schedule, z, t, z0_prev)
         if not guidance:
             return cond
-        # DIFFERS FROM PAPER: Eq. 15 noises the wanted part; by the prose and Fig. 10 the GIVEN part becomes noise at
-        # t = T. That part's clean value is withheld from self-conditioning too, or the condition would leak.
+        # DIFFERS FROM PAPER: [Eq. 15] noises the wanted part; by the prose and [Fig. 10] the GIVEN part becomes noise
+        # at t = T. That part's clean value is withheld from self-conditioning too, or the condition would leak.
         t = {m: torch.where(dropped[m].flatten(1), schedule.T, t[m]) for m in z0}
         z0_prev = z0_prev and {m: torch.where(dropped[m], 0, z0_prev[m]) for m in z0}
         uncond = predict(model, schedule, pick(dropped, noise(), z), t, z0_prev)
@@ -443,7 +443,7 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
 
     taus = torch.linspace(schedule.T, 0, steps + 1).round().long().tolist()
     taus = [torch.tensor(tau, device=device) for tau in taus]  # tensors: Python numbers would recompile an XLA graph
-    z, z0_prev = noise(), None  # line 1 of Alg. 3 and 4
+    step, z, z0_prev = SAMPLERS[sampler], noise(), None  # line 1 of Alg. 3 and 4
     shown = truth(levels(taus[0]))
     for i in range(steps):
         # DIFFERS FROM PAPER: Alg. 3 and 4 print t = tau I where every entry of the vector equals tau.
@@ -453,8 +453,8 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
         with torch.set_grad_enabled(reconstruct):
             z = {m: z[m].requires_grad_(reconstruct) for m in z0}
             z0_hat, eps_hat = estimate(z, t, z0_prev)
-            step = SAMPLERS[sampler]
-            z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m]) for m in z0}  # [Eq. 8, 10]
+            # [Eq. 4, 7, 8, 10]: one step down, of every element from its own t
+            z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m]) for m in z0}
         shown = truth(t_next)
         if reconstruct:  # move the wanted part so that the given part comes out as the noised truth [Eq. 9, 11, 12]
             with torch.enable_grad():
@@ -475,7 +475,7 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
 
 
 def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17):
-    """Video of 1 + 4 k frames (one segment for the first, one for every 4 later), sound in segments of so many seconds."""
+    """Video of 1 + 4 k frames, a segment for the first and one for every 4 later; sound in segments of `segment` s."""
     starts = (0, *range(1, frames + 1, 4))
     count = int(frames / fps / segment + 1e-6)
     return [
@@ -505,7 +505,7 @@ class Preset:
 
 
 PRESETS = {
-    # The toy world of data.py: ten minutes on two CPU cores. It regresses v: with eps the two modalities stay strangers.
+    # The toy world of data.py: ten minutes on two CPU cores. With eps its two modalities stay strangers, hence v.
     "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 64), dim=128, depth=4, heads=4, prediction="v",
                   batch=32, steps=7000, lr=2e-3, warmup=100, ema=0.995, sampler="ddim", sampling_steps=50),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
@@ -520,16 +520,16 @@ def tour():
     print("The timestep vector of one example, one character a segment, from ' ' (t near 0) to '@' (t near T):\n")
     for strategy in STRATEGIES:
         t = sample_timesteps(strategy, modalities, 1, 1000, torch.Generator().manual_seed(3))
-        rows = []
         for m in modalities:  # each segment as wide as it lasts
             width = [round((b - a) * 32) for a, b in zip(m.edges, m.edges[1:])]
-            rows.append("".join(shades[(x - 1) // 100] * w for x, w in zip(t[m.name][0].tolist(), width)))
-        print("".join(f"  {strategy if i == 0 else '':8} {m.name:6} |{row}|\n" for i, (m, row) in enumerate(zip(modalities, rows))))
+            row = "".join(shades[(x - 1) // 100] * w for x, w in zip(t[m.name][0].tolist(), width))
+            print(f"  {strategy:8} {m.name:6} |{row}|")
+        print()
     for name, preset in PRESETS.items():
         with torch.device("meta"):  # shapes alone, no memory
             count = sum(p.numel() for p in preset.model().parameters())
         shapes = ", ".join(f"{m.name} {m.shape}" for m in preset.modalities)
-        print(f"preset {name:6} {preset.depth} layers, {preset.heads} heads, d = {preset.dim}, {shapes}: {count / 1e6:.1f} M parameters")
+        print(f"preset {name}: {count / 1e6:.1f} M parameters, {preset.depth} layers, d = {preset.dim}, {shapes}")
     print("\nwhere in the paper      function            line")
     with open(__file__, encoding="utf-8") as file:
         source = file.read()

@@ -310,7 +310,7 @@ def best_streams(path):
 
 
 def decode_clip(path, fps, size, sample_rate):
-    """-> uint8 (F, size, size, 3), float32 (samples,): resampled, the picture's centre cropped; ValueError says why not."""
+    """-> uint8 (F, size, size, 3), float32 (samples,): resampled, centre cropped. ValueError says why not."""
     video, audio = best_streams(path)
     fit = f"fps={fps},scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}"
     picture, error = ffmpeg(path, "-map", video, "-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24", "-v", "error", "-")
@@ -326,7 +326,7 @@ def decode_clip(path, fps, size, sample_rate):
 
 
 def clip_windows(path, modalities, fps, size, sample_rate):
-    """Decode a clip and cut it into windows of the model's length, one after the other -> clips; ValueError if short."""
+    """Decode a clip and cut it into windows of the model's length, end to end -> clips. ValueError if it is short."""
     video, audio = decode_clip(path, fps, size, sample_rate)
     frames = round(modalities[0].edges[-1] * fps)
     samples = round(modalities[1].edges[-1] * sample_rate)
@@ -406,7 +406,8 @@ def make_tokenizers(data, modalities, size, sample_rate):
     """-> dict of tokenizers for this kind of data, not fitted."""
     if is_latents(data):
         return nn.ModuleDict({m.name: Standardize(m) for m in modalities})
-    return nn.ModuleDict({"video": PatchTokenizer(modalities[0], size), "audio": SpectrumTokenizer(modalities[1], sample_rate)})
+    video, audio = modalities
+    return nn.ModuleDict({"video": PatchTokenizer(video, size), "audio": SpectrumTokenizer(audio, sample_rate)})
 
 
 def in_chunks(function, x, size=128):

@@ -76,7 +76,10 @@ class Trained:
     def clips(self, path=None, count=None):
         """The clips that conditions are cut from: the one at `path`, or held-out ones."""
         if path:
-            return {m: x[:1] for m, x in data.clip_windows(path, self.modalities, *self.media).items()}
+            try:
+                return {m: x[:1] for m, x in data.clip_windows(path, self.modalities, *self.media).items()}
+            except ValueError as why:
+                raise ValueError(f"--input {path}: {why}") from None
         return data.load_clips(self.settings.data, "held", self.modalities, *self.media, count)
 
     def per_frame(self, given):
@@ -109,15 +112,16 @@ def sample(trained, config, given, z0, label):
     """Generate what z0, a dict of (n, ...), is not given -> dict of latents (n, ...). Progress goes to one line."""
     generator = torch.Generator().manual_seed(config.seed)
     z_max = {m: tokenizer.z_max.item() for m, tokenizer in trained.tokenizers.items()}
-    steps = config.steps or trained.preset.sampling_steps
+    steps = trained.preset.sampling_steps if config.steps is None else config.steps
     parts = []
     for start in range(0, config.n, 64):
 
         def progress(step, steps, start=start):
             print(f"\r{label}: samples {start}.. of {config.n}, step {step}/{steps}  ", end="", flush=True)
 
+        z0_part = {m: z[start : start + 64].to(trained.device) for m, z in z0.items()}
         part = generate(
-            trained.model, trained.schedule, {m: z[start : start + 64].to(trained.device) for m, z in z0.items()}, given,
+            trained.model, trained.schedule, z0_part, given,
             steps=steps, sampler=config.sampler or trained.preset.sampler, guidance=config.guidance,
             guidance_drop=config.guidance_drop or None, method=config.method, strength=config.strength, z_max=z_max,
             generator=generator, on_step=progress if sys.stdout.isatty() else None,
@@ -176,7 +180,8 @@ def write_sheet(path, title, video, audio, given, rate, true=None):
     blocks, labels, y = [], [], 20
     for i in range(count):
         sound = np.repeat(spectrogram(audio[i], rate, width, edge)[..., None], 3, -1)
-        rows = [("video", strip(video[i])), ("", track(given[0], width)), ("audio", sound), ("", track(given[1], width))]
+        bars = [("", track(mask, width)) for mask in given]
+        rows = [("video", strip(video[i])), bars[0], ("audio", sound), bars[1]]
         if true is not None:
             rows.insert(0, ("true video", strip(true[i])))
         for name, row in [*rows, ("", np.zeros((10, width, 3), np.uint8))]:
@@ -213,7 +218,8 @@ RADIUS = 0.1258  # rms radius of a real ball, as read_video reads it
 
 def frechet(a, b):
     """Frechet distance of two sets of vectors (n, D) as Gaussians, after one fixed projection to 64 dimensions."""
-    basis = torch.linalg.qr(torch.randn(a.shape[1], 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(a.shape[1], 64, dtype=torch.float64, generator=g))[0]
     a, b = a.double() @ basis, b.double() @ basis
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # trace of (A B)^(1/2)
@@ -221,8 +227,9 @@ def frechet(a, b):
 
 
 def score(trained, task, clips, true, given, reference):
-    """-> dict of the scores that mean something for the task. clips, true: raw clips (n, ...); given: masks of segments.
+    """-> dict of the scores that mean something for the task.
 
+    clips, true, reference: raw clips; true[i] gave clips[i] its given part. given: masks of segments.
     Scores run over the generated frames and the sound at them, motion over the whole clip. See the README for each.
     """
     seen_given, heard_given = trained.per_frame(given)
@@ -305,7 +312,7 @@ def run(config):
     z_clips = trained.encode(clips)
     if config.score:
         reference, _ = data.toy_clips(1024, 2)
-        print(f"{config.n} samples a task; Frechet distances of latents to {1024} other clips (they are not FVD or FAD)")
+        print(f"{config.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
         print(" " * 12 + "".join(f"{k:>14}" for k in SCORES))
         nothing = task_mask("joint", trained.modalities)
         floor = score(trained, "tokenizer", trained.decode(z_clips), clips, nothing, reference)

@@ -22,8 +22,8 @@ from data import FPS, RATE, SIZE, in_chunks, is_latents, load_clips, make_tokeni
 
 def flag(default, note, choices=None):
     """A dataclass field that parse() turns into a command-line flag. [] takes several values."""
-    metadata = {"note": note, "choices": choices}
-    return field(default_factory=list, metadata=metadata) if default == [] else field(default=default, metadata=metadata)
+    start = {"default_factory": list} if default == [] else {"default": default}
+    return field(**start, metadata={"note": note, "choices": choices})
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Config:
     size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)")
     sample_rate: int = flag(None, "samples a second of a folder's sound (default 16000)")
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps", "xla"))
-    dtype: str = flag("auto", "the network's products; auto: bf16 where the chip has it, else fp32", ("auto", "fp32", "bf16"))
+    dtype: str = flag("auto", "precision of products; auto: bf16 where the chip has it", ("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network (needs a C++ compiler; pays on long runs)")
     accumulate: int = flag(1, "parts a batch is computed in, to save memory")
     save_every: int = flag(500, "steps between checkpoints")
@@ -71,8 +71,8 @@ def parse(config_class, about):
         elif f.type is list:
             parser.add_argument(name, nargs="+", action="extend", default=[], help=note)
         else:
-            default = "" if f.default is None else f" (default {f.default})"
-            parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata["choices"], help=note + default)
+            note += "" if f.default is None else f" (default {f.default})"
+            parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata["choices"], help=note)
     return config_class(**vars(parser.parse_args()))
 
 
@@ -92,8 +92,11 @@ def open_device(name):
 
 def precision(name, device):
     """-> context manager of a forward pass: bf16 products if asked for, or if "auto" finds that the chip has them."""
-    chip = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    native = chip.get("avx512_bf16") or chip.get("amx_bf16") or (device.type == "cuda" and torch.cuda.is_bf16_supported(False))
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        chip = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        native = chip.get("avx512_bf16") or chip.get("amx_bf16")
     stack = ExitStack()
     if name == "bf16" or (name == "auto" and native):
         stack.enter_context(torch.autocast(device.type, torch.bfloat16))
@@ -291,7 +294,8 @@ def train(config, modalities):
         if done % config.save_every == 0 or done == config.steps:
             log.check(done)
             state = {name: part.state_dict() for name, part in parts.items()}
-            save(out / "ckpt.pt", {**state, "step": done, "config": asdict(config), "modalities": [asdict(m) for m in modalities]})
+            about = {"step": done, "config": asdict(config), "modalities": [asdict(m) for m in modalities]}
+            save(out / "ckpt.pt", {**state, **about})
     print(f"\ndone: {out / 'ckpt.pt'}")
 
 

@@ -175,9 +175,9 @@ def slow_forward(model, z_t, t, z0_prev):
         for m in model.modalities:
             for n in range(m.N):
                 for p in range(m.P):
-                    pick = lambda z: z[m.name][b, n].reshape(m.P, -1)[p]
+                    both = torch.cat([z[m.name][b, n].reshape(m.P, -1)[p] for z in (z_t, z0_prev)])
                     position = model.time[m.name][n] + model.space[m.name][p]
-                    x.append(model.project_in[m.name](torch.cat([pick(z_t), pick(z0_prev)])) + position)
+                    x.append(model.project_in[m.name](both) + position)
                     place = model.time[m.name][n] + model.space[m.name].mean(0)
                     c.append(model.embed(torch.cat([sinusoid(t[m.name][b, n].item()), place])))
                     where.append((m, n, p))
@@ -246,7 +246,9 @@ def test_presets_have_the_stated_size():
         counts = {name: sum(p.numel() for p in preset.model().parameters()) for name, preset in avdit.PRESETS.items()}
     assert 410e6 < counts["paper"] < 420e6  # the paper says 420 M
     d, layers = 1024, 24
-    assert abs(counts["paper"] - layers * 16 * d * d) < 0.03 * counts["paper"]  # 12 d^2 and two scale-shift pairs a layer
+    assert (
+        abs(counts["paper"] - layers * 16 * d * d) < 0.03 * counts["paper"]
+    )  # 12 d^2 and two scale-shift pairs a layer
     shapes = {m.name: m.shape for m in avdit.PRESETS["paper"].modalities}
     assert shapes == {"video": (5, 16, 16, 8), "audio": (106, 1024)}
 

@@ -63,7 +63,9 @@ def test_loss_is_eq_6(prediction, conditioning):
     t = sample_timesteps("ptm", THREE, 3, 1000, torch.Generator().manual_seed(0))
     t["audio"][1] = 0  # a given modality
     z_max = {m.name: 1.5 for m in THREE}
-    loss, errors = training_loss(spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, return_errors=True)
+    loss, errors = training_loss(
+        spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, return_errors=True
+    )
     assert len(spy.calls) == 1 + conditioning
     prev = None
     if conditioning:  # the pass without gradient sees none; its estimate, clamped, goes beside z_t
@@ -108,7 +110,12 @@ def test_self_conditioning_carries_no_gradient():
 
 def test_task_masks_by_hand():
     """Seconds given on the toy world: continue 0.625, continue-2s 0.125, inpaint 0.125 at the start and 0.5 at the end."""
-    spans = {"joint": [], "continue": [(0, 0.625)], "continue-2s": [(0, 0.125)], "inpaint": [(0, 0.125), (1.625, 2.125)]}
+    spans = {
+        "joint": [],
+        "continue": [(0, 0.625)],
+        "continue-2s": [(0, 0.125)],
+        "inpaint": [(0, 0.125), (1.625, 2.125)],
+    }
     for task, given in spans.items():
         for m in TOY:
             want = [any(a <= m.edges[n] and m.edges[n + 1] <= b for a, b in given) for n in range(m.N)]
@@ -200,7 +207,10 @@ def test_given_comes_back_bit_identical_and_nan_elsewhere_changes_nothing(method
         z0, given = latents(THREE, 4, seed), masks(THREE, 4, seed)
         poison = {m: torch.where(wide(given[m], z), z, math.nan) for m, z in z0.items()}
         kwargs = {"steps": 4, "sampler": sampler, "method": method, "guidance": guidance}
-        a, b = (generate(model, SCHEDULE, z, given, generator=torch.Generator().manual_seed(1), **kwargs) for z in (z0, poison))
+        a, b = (
+            generate(model, SCHEDULE, z, given, generator=torch.Generator().manual_seed(1), **kwargs)
+            for z in (z0, poison)
+        )
         for m in z0:
             keep = wide(given[m], z0[m])
             assert torch.equal(a[m][keep], z0[m][keep])
@@ -222,7 +232,9 @@ def test_guidance_is_eq_16_and_leaks_nothing(drop):
     """Each step calls the model twice; the result is (1 + s) cond - s uncond; the second call knows no dropped clean value."""
     s, spy = 2.5, Spy()
     z0, given = latents(THREE, 2, 1, torch.float64), masks(THREE, 2, 3)
-    got = generate(spy, SCHEDULE, z0, given, steps=3, guidance=s, guidance_drop=drop, generator=torch.Generator().manual_seed(2))
+    got = generate(
+        spy, SCHEDULE, z0, given, steps=3, guidance=s, guidance_drop=drop, generator=torch.Generator().manual_seed(2)
+    )
     states = [call[0] for call in spy.calls[::2]] + [got]
     assert len(spy.calls) == 6
     for i in range(3):
@@ -266,7 +278,16 @@ def test_reconstruction_guidance_moves_by_eqs_9_to_12():
     """One step against numerical derivatives of the squared error in the step's input."""
     strength, z0, given = 0.3, latents(TOY, 1, 1, torch.float64), task_mask("continue", TOY)
     spy, ab, tau, tau2 = Spy(), alpha_bar(), 1000, 500
-    generate(spy, SCHEDULE, z0, given, steps=2, method="reconstruction", strength=strength, generator=torch.Generator().manual_seed(2))
+    generate(
+        spy,
+        SCHEDULE,
+        z0,
+        given,
+        steps=2,
+        method="reconstruction",
+        strength=strength,
+        generator=torch.Generator().manual_seed(2),
+    )
     (z, t, _), (after, _, _) = spy.calls
     a, s, a2, s2 = (math.sqrt(x) for x in (ab[tau], 1 - ab[tau], ab[tau2], 1 - ab[tau2]))
 
@@ -345,7 +366,11 @@ def test_exact_gaussian_conditionals(given_audio, given_video):
         torch.testing.assert_close(Batched()(first, t)[m], oracle(first, t)[m])
     got = flat(generate(Batched(), SCHEDULE, truth, given, steps=500, generator=torch.Generator().manual_seed(5)))
     held = flat({m.name: wide(given[m.name], truth[m.name][:1]) for m in small})[0]
-    gain = cov[~held][:, held] @ torch.linalg.inv(cov[held][:, held]) if held.any() else torch.zeros((~held).sum(), 0).double()
+    gain = (
+        cov[~held][:, held] @ torch.linalg.inv(cov[held][:, held])
+        if held.any()
+        else torch.zeros((~held).sum(), 0).double()
+    )
     want_mean = mean[~held] + gain @ (x[0, held] - mean[held])
     want_cov = cov[~held][:, ~held] - gain @ cov[held][:, ~held]
     scale = want_cov.diagonal().sqrt()
