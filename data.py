@@ -392,7 +392,7 @@ def load_clips(data, split, modalities, fps, size, sample_rate, count=None):
     """-> clips of the split "train" (toy: 4096, seed 0) or "held" (toy: 1024, seed 1), the first `count` of them."""
     if data == "toy":
         full, seed = {"train": (4096, 0), "held": (1024, 1)}[split]
-        clips, _ = toy_clips(full, seed)
+        clips, _ = toy_clips(full if count is None else min(count, full), seed)
     elif is_latents(data):
         latents, _ = read_latents(data)
         chosen = torch.arange(len(latents["video"])) % 10 == 0

@@ -43,7 +43,7 @@ class Config:
     method: str = flag("monl", "how the given part is held: for models not trained with MoNL the two others", METHODS)
     strength: float = flag(0.02, "lambda of reconstruction guidance")
     score: bool = flag(False, "print a table of scores (toy world only)")
-    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps", "xla"))
+    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     seed: int = flag(0, "seed of the noise")
     out: str = flag("samples", "folder to write to")
 
@@ -306,10 +306,13 @@ def package(trained, made, true, given, order):
 
 
 def run(config):
-    trained = Trained(config.ckpt, open_device(config.device)[0])
+    trained = Trained(config.ckpt, open_device(config.device))
     tasks = check(config, trained)
-    clips = trained.clips(config.input, config.n)
-    z_clips = trained.encode(clips)
+    if config.score or any(mask.any() for given in tasks.values() for mask in given.values()):
+        clips = trained.clips(config.input, config.n)
+        z_clips = trained.encode(clips)
+    else:  # nothing is given: the latents only carry the shapes
+        clips, z_clips = {}, {m.name: torch.zeros(1, *m.shape) for m in trained.modalities}
     if config.score:
         reference, _ = data.toy_clips(1024, 2)
         print(f"{config.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
@@ -321,7 +324,7 @@ def run(config):
         order = torch.arange(config.n)
         if config.score and task == "a2v":
             order = order // 16  # 16 samples of each condition, to see how they spread
-        order = order % len(clips["video"])
+        order = order % len(z_clips["video"])
         true = {m: x[order] for m, x in clips.items()}
         z = sample(trained, config, given, {m: x[order] for m, x in z_clips.items()}, task)
         made = trained.decode(z)

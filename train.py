@@ -40,7 +40,7 @@ class Config:
     fps: int = flag(None, "frames a second of a folder's clips (default 8)")
     size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)")
     sample_rate: int = flag(None, "samples a second of a folder's sound (default 16000)")
-    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps", "xla"))
+    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "precision of products; auto: bf16 where the chip has it", ("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network (needs a C++ compiler; pays on long runs)")
     accumulate: int = flag(1, "parts a batch is computed in, to save memory")
@@ -77,17 +77,13 @@ def parse(config_class, about):
 
 
 def open_device(name):
-    """-> (device, sync); sync() ends a step. All that knows torch-xla is here."""
-    if name == "xla":
-        import torch_xla
-
-        return torch_xla.device(), torch_xla.sync
+    """-> torch.device. ValueError names those that are here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available[name]:
-        raise ValueError(f"no {name} here: use {', '.join(k for k in available if available[k])} or auto")
-    return torch.device(name), lambda: None
+        name = next(k for k in here if here[k])
+    if not here[name]:
+        raise ValueError(f"no {name} here: use {', '.join(k for k in here if here[k])} or auto")
+    return torch.device(name)
 
 
 def precision(name, device):
@@ -257,7 +253,7 @@ def restore(config, path, parts):
 def train(config, modalities):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    device, sync = open_device(config.device)
+    device = open_device(config.device)
     preset, schedule = PRESETS[config.preset], NoiseSchedule().to(device)
     latents, tokenizers = prepare(config, modalities)
     z_max = {m: tokenizer.z_max.item() for m, tokenizer in tokenizers.items()}
@@ -287,7 +283,6 @@ def train(config, modalities):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(model)
-        sync()
         done = step + 1
         if done % log.EVERY == 0 or done == config.steps:
             log.write(done, config.steps)

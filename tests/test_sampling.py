@@ -109,7 +109,7 @@ def test_self_conditioning_carries_no_gradient():
 
 
 def test_task_masks_by_hand():
-    """Seconds given on the toy world: continue 0.625, continue-2s 0.125, inpaint 0.125 at the start and 0.5 at the end."""
+    """In seconds, from Sec. 6.2 and App. F."""
     spans = {
         "joint": [],
         "continue": [(0, 0.625)],
@@ -229,7 +229,7 @@ def test_one_mask_for_all_equals_the_same_mask_for_each():
 
 @pytest.mark.parametrize("drop", [None, ["audio"], ["video", "touch"]])
 def test_guidance_is_eq_16_and_leaks_nothing(drop):
-    """Each step calls the model twice; the result is (1 + s) cond - s uncond; the second call knows no dropped clean value."""
+    """Two calls a step; the result is (1 + s) cond - s uncond; the second call knows no dropped clean value."""
     s, spy = 2.5, Spy()
     z0, given = latents(THREE, 2, 1, torch.float64), masks(THREE, 2, 3)
     got = generate(
