@@ -276,8 +276,10 @@ def train(config, modalities):
             z0 = {m: z[index[rows]].to(device) for m, z in latents.items()}
             t_rows, eps_rows = ({m: x[rows].to(device) for m, x in xs.items()} for xs in (t, eps))
             with precision(config.dtype, device):
-                loss, errors = training_loss(net, schedule, z0, t_rows, eps_rows, z_max=z_max,
-                                             self_conditioning=self_conditioning, return_errors=True)  # fmt: skip
+                loss, errors = training_loss(
+                    net, schedule, z0, t_rows, eps_rows, self_conditioning=self_conditioning, z_max=z_max,
+                    noise_power=preset.noise_power, return_errors=True,
+                )  # fmt: skip
             (loss / config.accumulate).backward()
             log.add(errors, t_rows, schedule.T)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -56,15 +56,15 @@ def wide(mask, z):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("conditioning", [False, True])
-def test_loss_is_eq_6(prediction, conditioning):
+@pytest.mark.parametrize(("conditioning", "power"), [(False, 0), (True, 0), (True, 1)])
+def test_loss_is_eq_6(prediction, conditioning, power):
     spy, ab = Spy(prediction), torch.tensor(alpha_bar())
     z0, eps = latents(THREE, 3, 1, torch.float64), latents(THREE, 3, 2, torch.float64)
     t = sample_timesteps("ptm", THREE, 3, 1000, torch.Generator().manual_seed(0))
     t["audio"][1] = 0  # a given modality
     z_max = {m.name: 1.5 for m in THREE}
     loss, errors = training_loss(
-        spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, return_errors=True
+        spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, noise_power=power, return_errors=True
     )
     assert len(spy.calls) == 1 + conditioning
     prev = None
@@ -89,7 +89,7 @@ def test_loss_is_eq_6(prediction, conditioning):
                 square = ((out - target) ** 2).sum().item()
                 assert abs(errors[m][b, n].item() - square / out.numel()) < 1e-5
                 if t[m][b, n] > 0:
-                    total, count = total + square, count + out.numel()
+                    total, count = total + s.item() ** power * square, count + s.item() ** power * out.numel()
     assert abs(loss.item() - total / count) < 1e-5
 
 

@@ -18,7 +18,7 @@ from test_data import CLIPS, latents_file, make_clip
 import data
 import sample
 import train
-from avdit import PRESETS, STRATEGIES, task_mask
+from avdit import PRESETS, STRATEGIES, NoiseSchedule, sample_timesteps, task_mask, training_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,6 +120,25 @@ def test_learning_rate_is_app_b():
     rates = [train.learning_rate(config, step) for step in (0, 2499, 4999, 200_000, 399_999)]
     assert rates[0] == pytest.approx(1e-7) and rates[1] == pytest.approx(2.5e-4, rel=1e-3)
     assert rates[2] == pytest.approx(5e-4, rel=1e-3) and rates[3] == pytest.approx(2.5e-4) and rates[4] < 1e-12
+
+
+def test_bf16_gradients_are_those_of_fp32():
+    """The pass without gradient must not leave casts of the weights behind that cut the gradient of the next."""
+    preset, schedule, grads = PRESETS["toy"], NoiseSchedule(), []
+    g = torch.Generator().manual_seed(0)
+    z0, eps = ({m.name: torch.randn(4, *m.shape, generator=g) for m in preset.modalities} for _ in "ab")
+    t = sample_timesteps("ptm", preset.modalities, 4, 1000, g)
+    model = preset.model()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05, generator=g)
+    for dtype in ("fp32", "bf16"):
+        model.zero_grad()
+        with train.precision(dtype, torch.device("cpu")):
+            loss = training_loss(model, schedule, z0, t, eps, self_conditioning=True)
+        loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        assert (a - b).norm() < 0.05 * a.norm()
 
 
 def test_log_bins_by_modality_and_noise_level(tmp_path):
