@@ -91,7 +91,8 @@ def slow_correspondence(m, reference):
 
 
 def test_correspondence():
-    for m in (*THREE, *TOY):
+    on_an_edge = Modality("odd", (), 1, (0, 0.25, 1))  # its first midpoint is the edge 0.125, where a segment begins
+    for m in (*THREE, *TOY, on_an_edge):
         assert avdit.correspondence(m, THREE[0]).tolist() == slow_correspondence(m, THREE[0])
     assert avdit.correspondence(THREE[2], THREE[0]).tolist() == [0, 1, 2, 2]  # by hand; the last lies past the end
 

@@ -171,11 +171,11 @@ def test_ways_to_train(call, latents, tmp_path, flags):
     plain = checkpoint(tmp_path)["model"]
     assert call(train, *latents, *flags)[0] == 0
     other = checkpoint(tmp_path)["model"]
-    distance = max((a - b).abs().max().item() for a, b in zip(plain.values(), other.values()))
-    if flags[0] == "--accumulate":
-        assert distance < 5e-5  # rounding, through four AdamW steps of at most 8e-5
+    distance = torch.cat([(a - b).abs().flatten() for a, b in zip(plain.values(), other.values())])
+    if flags[0] == "--accumulate":  # rounding, which AdamW's first steps magnify; half a batch differs by 1.3e-5
+        assert distance.mean() < 8e-6
     else:
-        assert distance > 0 and all(x.isfinite().all() for x in other.values())
+        assert distance.max() > 0 and all(x.isfinite().all() for x in other.values())
 
 
 # --- sample.py ------------------------------------------------------------------------
