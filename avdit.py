@@ -1,9 +1,9 @@
 """AVDiT: one diffusion transformer for video and audio whose timestep is a vector.
 
 The method of "A Versatile Diffusion Transformer with Mixture of Noise Levels for
-Audiovisual Generation", in the paper's order. A tag such as [Eq. 5] or [Alg. 1] stands
-beside the line that does it; `python avdit.py` lists them all. DIFFERS FROM PAPER marks
-every line that departs from a formula as printed.
+Audiovisual Generation", in the paper's order. A tag in brackets names the equation, algorithm
+or section beside the line that does it; `python avdit.py` lists them all. DIFFERS FROM PAPER
+marks every line that departs from a formula as printed.
 
 Letters, the same in comments, code and tests
     B      batch                         M      modalities (video, audio, ...)
@@ -391,7 +391,7 @@ METHODS = ("monl", "replacement", "reconstruction")
 @torch.no_grad()
 def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=0.0, guidance_drop=None,
              method="monl", strength=0.02, z_max=None, generator=None, on_step=None):  # fmt: skip
-    """Generate the segments that are not given [Alg. 3: none given; Alg. 4, Eq. 7] -> dict like z0.
+    """Generate the segments that are not given [Alg. 3, 4, Eq. 7] -> dict like z0.
 
     model          any callable (z_t, t, z0_prev) -> dict; without .prediction it predicts eps
     z0             dict (B, N_m, *grid, d_m): clean values where given; whatever lies elsewhere is never used
@@ -537,7 +537,7 @@ def tour():
             count = sum(p.numel() for p in preset.model().parameters())
         shapes = ", ".join(f"{m.name} {m.shape}" for m in preset.modalities)
         print(f"preset {name}: {count / 1e6:.1f} M parameters, {preset.depth} layers, d = {preset.dim}, {shapes}")
-    print("\nwhere in the paper      function            line")
+    print(f"\n  {'where in the paper':30} {'function':20} line")
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     scopes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
