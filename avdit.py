@@ -114,7 +114,7 @@ class NoiseSchedule(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------
-# The timestep vector [Sec. 3.1, 3.2, Alg. 1]
+# The timestep vector [Sec. 3.1, Sec. 3.2, Alg. 1]
 # ---------------------------------------------------------------------------------------
 
 STRATEGIES = ("vanilla", "pm", "pt", "ptm")
@@ -333,7 +333,7 @@ def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max
 
 
 # ---------------------------------------------------------------------------------------
-# Tasks are masks [Sec. 3.3, 6.2]
+# Tasks are masks [Sec. 3.3, Sec. 6.2]
 # ---------------------------------------------------------------------------------------
 
 
@@ -384,6 +384,22 @@ def ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, noise):
     return a_next * z0_hat + s_next * eps_hat
 
 
+def unconditional(z, t, z0_prev, dropped, noise, T):
+    """The inputs (z, t, z0_prev) as they are without a condition: pure noise at t = T where `dropped` [App. E].
+
+    DIFFERS FROM PAPER: [Eq. 15] noises the wanted part; by the prose and [Fig. 10] it is the GIVEN part. Its clean
+    value is withheld from self-conditioning too, or the condition would leak.
+    """
+    t = {m: torch.where(dropped[m].flatten(1), T, t[m]) for m in z}
+    z0_prev = z0_prev and {m: torch.where(dropped[m], 0, z0_prev[m]) for m in z}
+    return {m: torch.where(dropped[m], noise[m], z[m]) for m in z}, t, z0_prev
+
+
+def guide(cond, uncond, s):
+    """Classifier-free guidance, on all channels [Eq. 13, Eq. 14, Eq. 16, Eq. 17]; z0 and eps are guided alike."""
+    return {m: (1 + s) * cond[m] - s * uncond[m] for m in cond}
+
+
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
 METHODS = ("monl", "replacement", "reconstruction")
 
@@ -391,7 +407,7 @@ METHODS = ("monl", "replacement", "reconstruction")
 @torch.no_grad()
 def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=0.0, guidance_drop=None,
              method="monl", strength=0.02, z_max=None, generator=None, on_step=None):  # fmt: skip
-    """Generate the segments that are not given [Alg. 3, 4, Eq. 7] -> dict like z0.
+    """Generate the segments that are not given [Alg. 3, Alg. 4, Eq. 7] -> dict like z0.
 
     model          any callable (z_t, t, z0_prev) -> dict; without .prediction it predicts eps
     z0             dict (B, N_m, *grid, d_m): clean values where given; whatever lies elsewhere is never used
@@ -433,18 +449,6 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
     def truth(t):  # the given part as the model sees it: clean at t = 0, or noised to the level of the rest
         return clean if monl else {m: schedule.add_noise(clean[m], eps, t[m]) for m, eps in noise().items()}
 
-    def estimate(z, t, z0_prev):  # (z0_hat, eps_hat), guided
-        cond = predict(model, schedule, z, t, z0_prev)
-        if not guidance:
-            return cond
-        # DIFFERS FROM PAPER: [Eq. 15] noises the wanted part; by the prose and [Fig. 10] the GIVEN part becomes noise
-        # at t = T. That part's clean value is withheld from self-conditioning too, or the condition would leak.
-        t = {m: torch.where(dropped[m].flatten(1), schedule.T, t[m]) for m in z0}
-        z0_prev = z0_prev and {m: torch.where(dropped[m], 0, z0_prev[m]) for m in z0}
-        uncond = predict(model, schedule, pick(dropped, noise(), z), t, z0_prev)
-        # [Eq. 13, 14, 16, 17], on all channels. z0 is affine in eps at fixed z_t, so both are guided alike.
-        return [{m: (1 + guidance) * c[m] - guidance * u[m] for m in z0} for c, u in zip(cond, uncond)]
-
     taus = torch.linspace(schedule.T, 0, steps + 1).round().long().tolist()
     taus = [torch.tensor(tau, device=device) for tau in taus]  # tensors: Python numbers would recompile an XLA graph
     step, z, z0_prev = SAMPLERS[sampler], noise(), None  # line 1 of Alg. 3 and 4
@@ -456,11 +460,14 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
         fresh = noise() if sampler == "ddpm" else dict.fromkeys(z0)
         with torch.set_grad_enabled(reconstruct):
             z = {m: z[m].requires_grad_(reconstruct) for m in z0}
-            z0_hat, eps_hat = estimate(z, t, z0_prev)
-            # [Eq. 4, 7, 8, 10]: one step down, of every element from its own t
+            z0_hat, eps_hat = predict(model, schedule, z, t, z0_prev)
+            if guidance:
+                free = predict(model, schedule, *unconditional(z, t, z0_prev, dropped, noise(), schedule.T))
+                z0_hat, eps_hat = (guide(c, u, guidance) for c, u in zip((z0_hat, eps_hat), free))
+            # [Eq. 4, Eq. 7, Eq. 8, Eq. 10]: one step down, of every element from its own t
             z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m]) for m in z0}
         shown = truth(t_next)
-        if reconstruct:  # move the wanted part so that the given part comes out as the noised truth [Eq. 9, 11, 12]
+        if reconstruct:  # [Eq. 9, Eq. 11, Eq. 12]: move the wanted part so that the given part comes out true
             with torch.enable_grad():
                 error = sum(torch.where(fixed[m], z_next[m] - shown[m], 0).square().sum() for m in z0)
             # DIFFERS FROM PAPER: the gradient is taken in the step's input; in its output, as printed, it is zero.
