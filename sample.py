@@ -284,8 +284,6 @@ def check(config, trained):
         raise ValueError("--score is for the toy world's own clips and tasks, and wants --n a multiple of 16")
     if config.input and not trained.decodes:
         raise ValueError("--input needs latents that can be encoded: this checkpoint was trained on a .npz")
-    for name in config.guidance_drop:
-        check_choice("modality in --guidance-drop", name, trained.tokenizers)
     if config.given:
         return {"custom": parse_given(config.given, trained.modalities)}
     return {task: task_mask(task, trained.modalities) for task in (TASKS if config.task == "all" else [config.task])}
