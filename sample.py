@@ -71,7 +71,7 @@ class Trained:
         return {m: data.in_chunks(t.encode, clips[m]) for m, t in self.tokenizers.items()}
 
     def decode(self, z):
-        return {m: data.in_chunks(t.decode, z[m]) for m, t in self.tokenizers.items()}
+        return {m: data.in_chunks(self.tokenizers[m].decode, x) for m, x in z.items()}
 
     def clips(self, path=None, count=None):
         """The clips that conditions are cut from: the one at `path`, or held-out ones."""
@@ -168,10 +168,11 @@ def write_mp4(path, wav, video, given, fps):
             writer.append_data(np.concatenate([frame.repeat(zoom, 0).repeat(zoom, 1), below]))
 
 
-def write_sheet(path, title, video, audio, given, rate, true=None):
+def write_sheet(path, title, video, audio, given, rate, true=None, names=None):
     """One block per sample: its frames in a row over their track, the true frames, its spectrogram over its track."""
     count, frames = video.shape[:2]
-    edge, margin = max(48, min(64, video.shape[2])), 76
+    names = names or [f"{i:02}" for i in range(count)]
+    edge, margin = max(48, min(64, video.shape[2])), 44 + 6 * max(map(len, names)) + 20
     width = edge * frames
 
     def strip(clip):
@@ -185,7 +186,7 @@ def write_sheet(path, title, video, audio, given, rate, true=None):
         if true is not None:
             rows.insert(0, ("true video", strip(true[i])))
         for name, row in [*rows, ("", np.zeros((10, width, 3), np.uint8))]:
-            labels.append((y + 2, f"{i:02} {name}" if name else ""))
+            labels.append((y + 2, f"{names[i]} {name}" if name else ""))
             blocks.append(row)
             y += len(row)
     sheet = Image.new("RGB", (width + margin, y))
@@ -212,7 +213,7 @@ def write_media(folder, task, out, count):
 # Scores of the toy world: from decoded pixels and waveform, against the given clip
 # ---------------------------------------------------------------------------------------
 
-SCORES = ("align", "path", "hue", "hue_heard", "shape", "motion", "spread", "frechet_video", "frechet_audio")
+SCORES = ("align", "path", "hue", "hue_heard", "shape", "motion", "spread", "frechet_video", "frechet_audio", "nearest")
 RADIUS = 0.1258  # rms radius of a real ball, as read_video reads it
 
 
@@ -226,11 +227,23 @@ def frechet(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
-def score(trained, task, clips, true, given, reference):
+def nearest(z, others):
+    """(n,) distance of every clip's latents to the nearest of the others, root mean square over all elements."""
+    a, b = (torch.cat([x[m].flatten(1) for m in z], 1) for x in (z, others))
+    return torch.cdist(a, b).amin(1) / a.shape[1] ** 0.5
+
+
+def spread(video, group):
+    """Standard deviation of x over every `group` clips, as a share of the world's, where x is uniform."""
+    return data.read_video(video)[0][..., 0].unflatten(0, (-1, group)).std(1).mean() * 12**0.5
+
+
+def score(trained, task, clips, true, given, real, learned):
     """-> dict of the scores that mean something for the task.
 
-    clips, true, reference: raw clips; true[i] gave clips[i] its given part. given: masks of segments.
-    Scores run over the generated frames and the sound at them, motion over the whole clip. See the README for each.
+    clips, true    raw clips; true[i] gave clips[i] its given part, the segments of the masks `given`
+    real, learned  latents of other real clips and of the training clips
+    Scores run over the generated frames and the sound at them, motion and nearest over the whole clip. See the README.
     """
     seen_given, heard_given = trained.per_frame(given)
     at_frame = torch.arange(data.FRAMES) * data.RATE // data.FPS
@@ -252,13 +265,13 @@ def score(trained, task, clips, true, given, reference):
     if makes_video:
         s["shape"] = (radius[:, ~seen_given] / RADIUS - 1).abs().mean()
         s["motion"] = data.read_motion(position).mean()
-    if task in ("joint", "a2v"):  # a2v: sample() was given one clip for every 16 neighbours
-        groups = position[..., 0].unflatten(0, (-1, 16)) if task == "a2v" else position[None, ..., 0]
-        s["spread"] = groups.std(1).mean() / 12**-0.5  # x is uniform
-    latents, real = trained.encode(clips), trained.encode(reference)
+    if task == "joint":
+        s["spread"] = spread(clips["video"], len(clips["video"]))
+    latents = trained.encode(clips)
     for m in latents:
         if not given[m].all():
             s[f"frechet_{m}"] = frechet(*(z[m][:, ~given[m]].flatten(1) for z in (latents, real)))
+    s["nearest"] = nearest(latents, learned).mean()
     return s
 
 
@@ -312,22 +325,22 @@ def run(config):
     else:  # nothing is given: the latents only carry the shapes
         clips, z_clips = {}, {m.name: torch.zeros(1, *m.shape) for m in trained.modalities}
     if config.score:
-        reference, _ = data.toy_clips(1024, 2)
+        real, learned = (trained.encode(data.toy_clips(*which)[0]) for which in ((1024, 2), (4096, 0)))
         print(f"{config.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
         print(" " * 12 + "".join(f"{k:>14}" for k in SCORES))
         nothing = task_mask("joint", trained.modalities)
-        floor = score(trained, "tokenizer", trained.decode(z_clips), clips, nothing, reference)
+        floor = score(trained, "tokenizer", trained.decode(z_clips), clips, nothing, real, learned)
         print(table_row("tokenizer", floor), flush=True)
     for task, given in tasks.items():
-        order = torch.arange(config.n)
-        if config.score and task == "a2v":
-            order = order // 16  # 16 samples of each condition, to see how they spread
-        order = order % len(z_clips["video"])
+        order = torch.arange(config.n) % len(z_clips["video"])
         true = {m: x[order] for m, x in clips.items()}
-        z = sample(trained, config, given, {m: x[order] for m, x in z_clips.items()}, task)
-        made = trained.decode(z)
+        made = trained.decode(sample(trained, config, given, {m: x[order] for m, x in z_clips.items()}, task))
         if config.score:
-            print(table_row(task, score(trained, task, made, true, given, reference)), flush=True)
+            row = score(trained, task, made, true, given, real, learned)
+            if task == "a2v":  # once more, 16 samples of every sound, to see how they spread
+                z = sample(trained, config, given, {m: x[order // 16] for m, x in z_clips.items()}, task)
+                row["spread"] = spread(trained.decode({"video": z["video"]})["video"], 16)
+            print(table_row(task, row), flush=True)
         folder = Path(config.out) / task
         folder.mkdir(parents=True, exist_ok=True)
         out = package(trained, made, true, given, order)

@@ -1,6 +1,7 @@
 """train.py and sample.py as a user runs them."""
 
 import csv
+import math
 import os
 import re
 import shutil
@@ -241,21 +242,29 @@ def test_scores_of_real_clips_and_of_unrelated_ones(toy_run):
     """Real clips score what the readers err; clips answered with other clips score chance."""
     trained = sample.Trained(toy_run, torch.device("cpu"))
     (real, _), (other, _) = data.toy_clips(256, 21), data.toy_clips(256, 22)
+    z_other = trained.encode(other)
     given = task_mask("continue", trained.modalities)
-    good = sample.score(trained, "continue", real, real, given, other)
+    good = sample.score(trained, "continue", real, real, given, z_other, z_other)
     assert good["align"] < 0.012 and good["path"] == 0 and good["hue"] < 1e-4 and good["hue_heard"] < 0.003
     assert good["shape"] < 0.002 and good["motion"] < 0.007
-    bad = sample.score(trained, "continue", other, real, given, other)
+    bad = sample.score(trained, "continue", other, real, given, z_other, z_other)
     assert abs(bad["path"] - 1 / 3) < 0.03 and abs(bad["hue"] - 0.25) < 0.03 and abs(bad["hue_heard"] - 0.25) < 0.03
-    mixed = {"video": real["video"], "audio": other["audio"]}
-    assert (
-        abs(sample.score(trained, "joint", mixed, real, task_mask("joint", trained.modalities), other)["align"] - 1 / 3)
-        < 0.03
-    )
-    spread = sample.score(trained, "a2v", real, real, task_mask("a2v", trained.modalities), other)["spread"]
-    assert abs(spread - 1) < 0.1  # positions of unrelated clips spread as the world does
-    same = {m: x[:16].repeat_interleave(16, 0) for m, x in real.items()}
-    assert sample.score(trained, "a2v", same, same, task_mask("a2v", trained.modalities), other)["spread"] < 0.01
+    mixed, nothing = {"video": real["video"], "audio": other["audio"]}, task_mask("joint", trained.modalities)
+    joint = sample.score(trained, "joint", mixed, real, nothing, z_other, z_other)
+    assert abs(joint["align"] - 1 / 3) < 0.03
+    assert abs(joint["spread"] - 1) < 0.1 and abs(sample.spread(real["video"], 16) - 1) < 0.1  # spread as the world is
+    assert sample.spread(real["video"][:16].repeat_interleave(16, 0), 16) < 0.01
+
+
+def test_nearest_tells_a_learned_clip_from_a_new_one(toy_run):
+    z = {"video": torch.zeros(2, 1, 3), "audio": torch.tensor([[[0.0]], [[1.0]]])}
+    others = {"video": torch.full((3, 1, 3), 2.0), "audio": torch.tensor([[[0.0]], [[2.0]], [[5.0]]])}
+    want = [math.sqrt(12 / 4), math.sqrt((12 + 1) / 4)]  # by hand: both modalities count, element by element
+    assert sample.nearest(z, others).tolist() == pytest.approx(want)
+    trained = sample.Trained(toy_run, torch.device("cpu"))
+    learned, new = (trained.encode(data.toy_clips(64, seed)[0]) for seed in (21, 22))
+    copies = trained.encode(trained.decode(learned))
+    assert sample.nearest(copies, learned).mean() < 0.25 * sample.nearest(new, learned).mean()
 
 
 def test_frechet_distance():

@@ -1,0 +1,216 @@
+"""The paper's Tables 1 and 7 on the toy world: train every model from every seed, score it, print the tables.
+
+Every figure goes to OUT/scores.csv as soon as it is known; run the command again and it goes on where it stopped.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import sample
+from avdit import TASKS
+
+# name -> arguments of train.py; Table 1's conditional model of joint generation is Vanilla
+MODELS = {
+    **{task: ("--mixture", f"task:{task}") for task in TASKS if task != "joint"},
+    "Pm": ("--mixture", "pm"),
+    "Vanilla": ("--mixture", "vanilla"),
+    "MoNL": ("--mixture", "monl"),
+    "Pt": ("--mixture", "pt"),
+    "Ptm": ("--mixture", "ptm"),
+    "Pt/Pm/Ptm": ("--mixture", "pt+pm+ptm"),
+    "MoNL, eps": ("--mixture", "monl", "--prediction", "eps"),
+}
+# row of a table -> (model, arguments of sample.py); of "Conditional" every task has a model of its own
+WAYS = {
+    **{name: (name, ()) for name in MODELS if name not in TASKS},
+    "Vanilla": ("Vanilla", ("--method", "replacement")),
+    **{
+        f"Vanilla, reconstruction {strength}": ("Vanilla", ("--method", "reconstruction", "--strength", strength))
+        for strength in ("0.02", "3")
+    },
+}
+PAPER_1 = {  # Table 1: FAD and FVD, in the order of FRECHET
+    "Conditional": (7.1, 63.6, 49.4, 11.5, 5.3, 15.9, 7.4, 12.1, 7.8, 35.3),
+    "Pm": (7.0, 84.4, 34.1, 4.7, 6.2, 213.6, 4.5, 92.1, 5.6, 106.1),
+    "Vanilla": (7.1, 63.6, 53.3, 8.1, 8.1, 226.8, 6.1, 140.8, 7.4, 121.1),
+    "MoNL": (6.4, 77.6, 40.2, 5.3, 4.6, 11.8, 3.1, 8.8, 4.9, 34.6),
+    "Pt": (6.6, 96.3, 124.5, 12.1, 5.1, 28.2, 5.0, 72.3, 7.2, 80.3),
+    "Ptm": (7.0, 84.5, 52.5, 5.9, 5.4, 22.9, 4.8, 61.2, 5.7, 55.3),
+    "Pt/Pm/Ptm": (9.0, 90.1, 43.1, 5.1, 5.2, 13.4, 4.1, 16.9, 5.9, 40.9),
+}
+PAPER_7 = {
+    "Conditional": (8.2, 117.3, 7.4, 12.1),
+    "Pm": (5.8, 120.5, 4.5, 92.1),
+    "Vanilla": (7.5, 142.6, 6.1, 140.8),
+    "MoNL": (3.6, 12.9, 3.1, 8.8),
+    "Pt": (6.7, 102.5, 5.0, 72.3),
+    "Ptm": (5.8, 82.8, 4.8, 61.2),
+    "Pt/Pm/Ptm": (4.1, 20.2, 4.1, 16.9),
+}
+# header -> the (task, score)s it averages
+EXACT = {
+    "joint align": [("joint", "align")],
+    "a2v align": [("a2v", "align")],
+    "v2a align": [("v2a", "align")],
+    "inpaint path": [("inpaint", "path")],
+    "continue path": [("continue", "path")],
+}
+EXACT["average"] = [pair for pairs in EXACT.values() for pair in pairs]
+EXACT.update({f"{task} hue": [(task, "hue")] for task in ("a2v", "inpaint", "continue")})
+FRECHET = {
+    f"{task} {kind}": [(task, f"frechet_{kind}")]
+    for task in ("joint", "a2v", "v2a", "inpaint", "continue")
+    for kind in ("audio", "video")
+    if (task, kind) not in (("a2v", "audio"), ("v2a", "video"))
+}
+FRECHET |= {
+    f"average {kind}": [pair for k, pairs in FRECHET.items() if k.endswith(kind) for pair in pairs]
+    for kind in ("audio", "video")
+}
+LESS = {
+    f"{task} {kind}": [(task, score)]
+    for task in ("continue-2s", "continue")
+    for kind, score in (("audio", "frechet_audio"), ("video", "frechet_video"), ("path", "path"))
+}
+
+TABLE_1 = list(PAPER_1)
+TABLES = (
+    ("Table 1, by what is true", TABLE_1, EXACT, 3, {}),
+    ("Table 1, Frechet distances (in brackets the paper's FAD and FVD)", TABLE_1, FRECHET, 2, PAPER_1),
+    ("Table 7 (in brackets the paper's FAD and FVD)", TABLE_1, LESS, 2, PAPER_7),
+    ("Table 2's method: reconstruction guidance", [w for w in WAYS if w[:7] == "Vanilla"] + ["MoNL"], EXACT, 3, {}),
+    ("eps against v", ["MoNL", "MoNL, eps"], EXACT, 3, {}),
+)
+
+
+def folder_name(name, seed=""):
+    return "".join(c if c.isalnum() else "-" for c in f"{name} {seed}".strip())
+
+
+def run(script, *arguments, log):
+    """Run one of our scripts as a user does, on one thread; its output goes to `log` -> that output."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    log.write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: see {log}")
+    return done.stdout
+
+
+def read(path):
+    """scores.csv -> {(way, seed): {(task, score): value}}"""
+    found = {}
+    if path.exists():
+        for row in csv.DictReader(path.open()):
+            found.setdefault((row["way"], int(row["seed"])), {})[row["task"], row["score"]] = float(row["value"])
+    return found
+
+
+def job(model, seed, args, ready):
+    """Train one model from one seed, sample and score it in every way that is missing, append to scores.csv."""
+    folder = args.out / folder_name(model, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model in TASKS:
+        ways = {"Conditional": ()}
+    else:
+        ways = {way: extra for way, (of, extra) in WAYS.items() if of == model}
+    last = model if model in TASKS else TASKS[-1]
+    missing = [way for way in ways if not any(task == last for task, _ in ready.get((way, seed), ()))]
+    if missing:
+        more = ("--steps", args.steps, "--seed", seed, "--out", folder, "--resume", "--device", args.device)
+        run("train.py", *MODELS[model], *more, log=folder / "train.txt")
+    for way in missing:
+        to = folder / folder_name(way)
+        more = (
+            "--task",
+            model if model in TASKS else "all",
+            "--n",
+            args.n,
+            "--seed",
+            seed,
+            "--out",
+            to,
+            "--device",
+            args.device,
+        )
+        printed = run("sample.py", "--ckpt", folder, "--score", *ways[way], *more, log=folder / f"{to.name}.txt")
+        lines = [line.split() for line in printed.splitlines()]
+        rows = [(way, seed, line[0], score, value) for line in lines if line and line[0] in (*TASKS, "tokenizer")
+                for score, value in zip(sample.SCORES, line[1:]) if value != "-"]  # fmt: skip
+        scores = args.out / "scores.csv"
+        with scores.open("a", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows(rows if scores.stat().st_size else [("way", "seed", "task", "score", "value"), *rows])
+        print(f"{len(rows)} scores of {way}, {model}, seed {seed}", flush=True)
+
+
+def table(found, ways, columns, digits, paper):
+    """Print a Markdown table: mean and standard deviation over seeds, the paper's own figure in brackets."""
+    print("\n| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    for way in ways:
+        cells = []
+        for i, pairs in enumerate(columns.values()):
+            runs = [scores for (name, _), scores in found.items() if name == way and all(p in scores for p in pairs)]
+            values = [statistics.mean(scores[p] for p in pairs) for scores in runs]
+            cell = f"{statistics.mean(values):.{digits}f}" if values else "-"
+            cell += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(cell + (f" ({paper[way][i]})" if way in paper else ""))
+        print(f"| {way} | " + " | ".join(cells) + " |")
+
+
+def figure(out, path, clip):
+    """One held-out clip continued by every row of Table 1, under the true clip."""
+    names, videos, sounds = ["true"], [], []
+    for way in TABLE_1:
+        model = "continue" if way == "Conditional" else WAYS[way][0]
+        made = np.load(out / folder_name(model, 0) / folder_name(way) / "continue/samples.npz", allow_pickle=False)
+        names.append(way)
+        videos.append(made["video"][clip])
+        sounds.append(made["audio"][clip])
+    videos, sounds = [made["video_true"][clip], *videos], [made["audio_true"][clip], *sounds]
+    given = made["given_video"], made["given_audio"]
+    title = "continue, one held-out clip: the first row is the truth"
+    sample.write_sheet(path, title, np.stack(videos), np.stack(sounds), given, int(made["sample_rate"]), names=names)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of every model (default 1500)")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default 3)")
+    parser.add_argument("--n", type=int, default=256, help="samples a task (default 256)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--device", default="auto", help="as in train.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder (default runs/tables)")
+    parser.add_argument("--clip", type=int, default=0, help="held-out clip of strategies.png (default 0)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    ready = read(args.out / "scores.csv")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(job, model, seed, args, ready) for seed in range(args.seeds) for model in MODELS]
+        for done in jobs:
+            done.result()
+    found = read(args.out / "scores.csv")
+    for seed in range(args.seeds):  # Table 1's conditional model of joint generation is Vanilla
+        vanilla = found["Vanilla", seed].items()
+        found["Conditional", seed].update({pair: value for pair, value in vanilla if pair[0] == "joint"})
+    print(f"{args.steps} steps, {args.seeds} seeds, {args.n} samples a task: mean ± standard deviation over seeds")
+    for title, ways, columns, digits, paper in TABLES:
+        print(f"\n{title}")
+        table(found, ways, columns, digits, paper)
+    figure(args.out, args.out / "strategies.png", args.clip)
+
+
+if __name__ == "__main__":
+    main()
