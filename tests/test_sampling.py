@@ -147,8 +147,8 @@ def drawn(generator_seed, modalities, batch):
 @pytest.mark.parametrize("task", ["joint", "a2v"])
 def test_ddpm_is_algorithms_3_and_4(task):
     """The paper's loop with all T steps, by hand, with the two misprinted factors as DDPM's Eq. 11 has them."""
-    T, betas = 1000, np.linspace(1e-4, 0.02, 1000)
-    ab, given = alpha_bar(), task_mask(task, TOY)
+    T, betas = 100, np.linspace(1e-3, 0.2, 100)  # as much noise in fewer steps
+    ab, given = np.cumprod([1, *(1 - betas)]), task_mask(task, TOY)
     z0 = latents(TOY, 2, 1, torch.float64)
     noise, spy = drawn(7, TOY, 2), Spy()
     z = next(noise)
@@ -166,11 +166,11 @@ def test_ddpm_is_algorithms_3_and_4(task):
         z0_hat = {m: (z[m] - math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(ab[tau]) for m in z}
         prev = {m: torch.where(wide(given[m], z[m]), z0[m], z0_hat[m].clamp(-3, 3)) for m in z}
         z = new
-    got = generate(Spy(), SCHEDULE, z0, given, steps=T, sampler="ddpm", z_max={m: 3.0 for m in z0},
+    got = generate(Spy(), NoiseSchedule(T, 1e-3, 0.2), z0, given, steps=T, sampler="ddpm", z_max={m: 3.0 for m in z0},
                    generator=torch.Generator().manual_seed(7))  # fmt: skip
     for m in z0:
         want = torch.where(wide(given[m], z0[m]), z0[m], z[m])
-        torch.testing.assert_close(got[m], want, atol=1e-3, rtol=1e-3)  # a thousand steps in float32 coefficients
+        torch.testing.assert_close(got[m], want, atol=1e-4, rtol=1e-4)  # coefficients are float32
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -308,75 +308,6 @@ def test_reconstruction_guidance_moves_by_eqs_9_to_12():
         assert abs(gradient) > 1e-3
         want = plain[m][place] - strength * s2 * gradient
         torch.testing.assert_close(after[m][place], want, atol=abs(strength * gradient) * 1e-3, rtol=1e-4)
-
-
-def gaussian(modalities, seed):
-    """A random jointly Gaussian world over all elements and its exact eps-predictor at any timestep vector."""
-    g = torch.Generator().manual_seed(seed)
-    size = sum(math.prod(m.shape) for m in modalities)
-    root = torch.randn(size, size, generator=g, dtype=torch.float64) / math.sqrt(size)
-    cov = root @ root.T + 0.1 * torch.eye(size, dtype=torch.float64)
-    mean = torch.randn(size, generator=g, dtype=torch.float64)
-    ab = torch.tensor(alpha_bar())
-
-    def flat(z):
-        return torch.cat([z[m.name].flatten(1) for m in modalities], 1)
-
-    def unflat(x):
-        parts = x.split([math.prod(m.shape) for m in modalities], 1)
-        return {m.name: p.reshape(-1, *m.shape) for m, p in zip(modalities, parts)}
-
-    def oracle(z_t, t, z0_prev=None):
-        level = flat({m.name: wide(ab[t[m.name]], z_t[m.name]) for m in modalities})
-        out = []
-        for z, a, s in zip(flat(z_t), level.sqrt(), (1 - level).sqrt()):
-            noisy = a[:, None] * cov * a + torch.diag(s * s)  # E[eps | z] = S (D C D + S^2)^-1 (z - D mean)
-            out.append(s * torch.linalg.solve(noisy, z - a * mean))
-        return unflat(torch.stack(out))
-
-    return mean, cov, oracle, flat, unflat
-
-
-@pytest.mark.parametrize(("given_audio", "given_video"), [(None, None), (slice(None), None), (slice(2), slice(1))])
-def test_exact_gaussian_conditionals(given_audio, given_video):
-    """With the exact denoiser, many-step DDIM is a linear map from N(0, I): compare its mean and covariance exactly."""
-    from avdit import Modality
-
-    small = [Modality("video", (2,), 1, (0, 0.5, 1)), Modality("audio", (), 1, (0, 0.25, 0.5, 0.75, 1))]
-    mean, cov, oracle, flat, unflat = gaussian(small, 1)
-    given = {m.name: torch.zeros(m.N, dtype=torch.bool) for m in small}
-    for name, part in (("audio", given_audio), ("video", given_video)):
-        if part is not None:
-            given[name][part] = True
-    g = torch.Generator().manual_seed(0)
-    n = 4000
-    x = mean + torch.randn(1, len(mean), generator=g, dtype=torch.float64) @ torch.linalg.cholesky(cov).T
-    truth = {m: z.expand(n, *z.shape[1:]) for m, z in unflat(x).items()}
-
-    class Batched:  # one call for all samples: the mask is the same, so one solve serves them all
-        def __call__(self, z_t, t, z0_prev=None):
-            level = flat({m: wide(torch.tensor(alpha_bar())[t[m][:1]], z_t[m][:1]) for m in z_t})[0]
-            a, s = level.sqrt(), (1 - level).sqrt()
-            noisy = a[:, None] * cov * a + torch.diag(s * s)
-            return unflat(torch.linalg.solve(noisy, (flat(z_t) - a * mean).T).T * s)
-
-    first = {m: z[:2] for m, z in truth.items()}
-    t = {m.name: torch.where(given[m.name], 0, 300).expand(2, -1) for m in small}
-    for m in first:
-        torch.testing.assert_close(Batched()(first, t)[m], oracle(first, t)[m])
-    got = flat(generate(Batched(), SCHEDULE, truth, given, steps=500, generator=torch.Generator().manual_seed(5)))
-    held = flat({m.name: wide(given[m.name], truth[m.name][:1]) for m in small})[0]
-    gain = (
-        cov[~held][:, held] @ torch.linalg.inv(cov[held][:, held])
-        if held.any()
-        else torch.zeros((~held).sum(), 0).double()
-    )
-    want_mean = mean[~held] + gain @ (x[0, held] - mean[held])
-    want_cov = cov[~held][:, ~held] - gain @ cov[held][:, ~held]
-    scale = want_cov.diagonal().sqrt()
-    assert ((got[:, ~held].mean(0) - want_mean).abs() < 0.02 * scale.max() + 5 * scale / math.sqrt(n)).all()
-    error = (got[:, ~held].T.cov() - want_cov).abs() / (scale[:, None] * scale)
-    assert error.max() < 0.02 + 5 * math.sqrt(2 / n)
 
 
 def test_wrong_arguments_are_named():

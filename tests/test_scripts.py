@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them."""
 
+import copy
 import csv
 import math
 import os
@@ -112,6 +113,20 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(train.draw(config, modalities, 4096, 1000, 7)[0], draws[0][0])
     coins = [train.draw(config, modalities, 4096, 1000, step)[3] for step in range(600)]
     assert abs(sum(coins) / 600 - 0.9) < 4 * (0.09 / 600) ** 0.5
+
+
+def test_samples_come_from_the_average_of_the_trained_weights(call, latents, tmp_path, monkeypatch):
+    states, save = [], train.save
+    monkeypatch.setattr(train, "save", lambda path, state: (states.append(copy.deepcopy(state)), save(path, state)))
+    assert call(train, *latents, "--save-every", 1)[0] == 0
+    decay = PRESETS["toy"].ema
+    for name, average in states[0]["model"].items():  # the first average is the first weights
+        for state in states[1:]:
+            average = decay * average + (1 - decay) * state["model"][name]
+        assert not torch.equal(average, states[-1]["model"][name]) or not average.any()
+        torch.testing.assert_close(states[-1]["ema"]["module." + name], average, atol=1e-6, rtol=1e-5)
+        weights = sample.Trained("runs/z", torch.device("cpu")).model.state_dict()
+        assert torch.equal(weights[name], states[-1]["ema"]["module." + name])
 
 
 def test_learning_rate_is_app_b():
