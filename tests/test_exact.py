@@ -56,7 +56,7 @@ class Oracle:
         ab = torch.tensor(AB)[per_element({m: x[:: self.alike] for m, x in t.items()})]
         a, s = ab.sqrt(), (1 - ab).sqrt()
         gain = s[:, :, None] * torch.linalg.inv(a[:, :, None] * self.cov * a[:, None] + torch.diag_embed(s**2))
-        z = flat(z_t).unflatten(0, (-1, self.alike)) - (a * self.mean)[:, None]
+        z = flat(z_t).double().unflatten(0, (-1, self.alike)) - (a * self.mean)[:, None]
         out = unflat((z @ gain.mT).flatten(0, 1))
         self.calls.append((z_t, t, out))
         return out
