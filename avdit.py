@@ -89,7 +89,8 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
         self.register_buffer("a", alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("s", (1 - alpha_bar).sqrt().float(), persistent=False)
-        self.register_buffer("log_alpha_bar", alpha_bar.log().float(), persistent=False)
+        log = alpha_bar.log()  # in two float32 halves: the difference of two, a small step's, would lose its digits
+        self.register_buffer("log_alpha_bar", torch.stack([log.float(), (log - log.float()).float()]), persistent=False)
 
     def scales(self, t, z):
         """(a, s) at t, (B, N_m), shaped to multiply z, (B, N_m, *grid, d_m)."""
@@ -373,7 +374,8 @@ def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, noise):
     # DIFFERS FROM PAPER: the factor in front is 1 / sqrt(alpha), Sec. 2 prints sqrt(alpha_bar); the noise's divisor is
     # sqrt(1 - alpha_bar), Alg. 3 and 4 print alpha. A respaced step's alpha is alpha_bar[t] / alpha_bar[t_next]; its
     # beta, 1 - alpha, would lose its digits at either end if it were subtracted in float32.
-    beta = per_segment(-torch.expm1(schedule.log_alpha_bar[t] - schedule.log_alpha_bar[t_next]), z)
+    log_alpha = (schedule.log_alpha_bar[:, t] - schedule.log_alpha_bar[:, t_next]).sum(0)
+    beta = per_segment(-torch.expm1(log_alpha), z)
     mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat)
     return mean + torch.where(per_segment(t_next, z) > 0, beta.sqrt() * noise, 0)  # sigma^2 = beta
 

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {
-    "avdit": ["test_method.py", "test_sampling.py", "test_exact.py"],
+    "avdit": ["test_method.py", "test_sampling.py", "test_exact.py", "-k", "not ddpm-1000"],
     "train": ["test_scripts.py", "-k", "average or learning_rate or depend"],
     "sample": ["test_scripts.py", "-k", "average"],
 }

@@ -253,4 +253,4 @@ def test_steps_are_the_papers_to_a_millionth(name):
             alpha = ab / ab2
             want = (z[0, n].item() - (1 - alpha) / math.sqrt(1 - ab) * e) / math.sqrt(alpha)
             want += math.sqrt(1 - alpha) * noise[0, n].item() if t2[0, n] else 0
-        assert value == pytest.approx(want, rel=1e-6, abs=2e-6), (t[0, n], t2[0, n])
+        assert value == pytest.approx(want, rel=1e-6, abs=1e-6), (t[0, n], t2[0, n])

@@ -35,7 +35,9 @@ def test_training_on_gaussian_data_approaches_the_oracles_loss():
             least, blind, own = (training_loss(f, SCHEDULE, z0, t, eps).item() for f in (oracle, alone, model))
             z_t = {m: SCHEDULE.add_noise(z0[m], eps[m], t[m]) for m in z0}
             distance = (flat(model(z_t, t)) - flat(oracle(z_t, t))).square().mean().item()
-        print(f"{strategy:8} oracle {least:.4f}, excess of the model {own - least:.4f}, of each alone {blind - least:.4f}")
+        print(
+            f"{strategy:8} oracle {least:.4f}, excess of the model {own - least:.4f}, of each alone {blind - least:.4f}"
+        )
         assert own - least < 0.07 * least and own - least < 0.5 * (blind - least)
         # The loss is the oracle's plus the squared distance to the oracle, but for the sampling error.
         assert abs(own - least - distance) < 0.2 * distance + 0.002
