@@ -254,6 +254,17 @@ def test_presets_have_the_stated_size():
     assert shapes == {"video": (5, 16, 16, 8), "audio": (106, 1024)}
 
 
+def test_the_paper_preset_is_app_b():
+    """17 frames at 8 a second; 16 kHz sound, 320 samples a segment (r_ta)."""
+    p = avdit.PRESETS["paper"]
+    assert (p.dim, p.depth, p.heads, p.prediction, p.noise_power) == (1024, 24, 16, "eps", 0)
+    assert (p.batch, p.steps, p.lr, p.warmup) == (256, 400_000, 5e-4, 5000)
+    assert (p.sampler, p.sampling_steps) == ("ddim", 250) and p.ema == 0.9999
+    video, audio = p.modalities
+    assert video.edges == (0, 1 / 8, 5 / 8, 9 / 8, 13 / 8, 17 / 8) and video.grid == (16, 16)
+    np.testing.assert_allclose(audio.edges, 320 / 16000 * np.arange(107), atol=1e-12)
+
+
 def test_wrong_models_are_refused():
     with pytest.raises(ValueError, match="use eps, v"):
         AVDiT(TOY, 16, 1, 2, "x0")
