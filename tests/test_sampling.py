@@ -330,6 +330,18 @@ def test_on_step_counts_every_step():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_defaults_are_the_papers():
+    """250 DDIM steps [App. B]; reconstruction guidance of strength 0.02 [App. C.2]; no guidance."""
+    z0, given, seen = latents(THREE, 1), masks(THREE, 1, 3), []
+    generate(Spy(), SCHEDULE, z0, given, on_step=lambda *a: seen.append(a))
+    assert seen[-1] == (250, 250)
+    for kwargs, same in (({}, {"sampler": "ddim", "guidance": 0.0, "method": "monl"}),
+                         ({"method": "reconstruction"}, {"method": "reconstruction", "strength": 0.02})):  # fmt: skip
+        one, two = (generate(Spy(), SCHEDULE, z0, given, steps=3, generator=torch.Generator().manual_seed(1), **k)
+                    for k in (kwargs, same))  # fmt: skip
+        assert all(torch.equal(one[m], two[m]) for m in z0)
+
+
 def test_clamp_never_touches_a_clean_value():
     z_t, t = {"audio": torch.full((1, 2, 1), 9.0)}, {"audio": torch.tensor([[0, 5]])}
     out = self_condition({"audio": torch.full((1, 2, 1), 9.0)}, z_t, t, {"audio": 2.0})
