@@ -86,11 +86,11 @@ class NoiseSchedule(nn.Module):
         self.T = T
         beta = torch.linspace(beta_min, beta_max, T, dtype=torch.float64)
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
-        self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
-        self.register_buffer("a", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("s", (1 - alpha_bar).sqrt().float(), persistent=False)
+        self.register_buffer("alpha_bar", alpha_bar.float())
+        self.register_buffer("a", alpha_bar.sqrt().float())
+        self.register_buffer("s", (1 - alpha_bar).sqrt().float())
         log = alpha_bar.log()  # in two float32 halves: the difference of two, a small step's, would lose its digits
-        self.register_buffer("log_alpha_bar", torch.stack([log.float(), (log - log.float()).float()]), persistent=False)
+        self.register_buffer("log_alpha_bar", torch.stack([log.float(), (log - log.float()).float()]))
 
     def scales(self, t, z):
         """(a, s) at t, (B, N_m), shaped to multiply z, (B, N_m, *grid, d_m)."""

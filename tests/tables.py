@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -83,6 +84,7 @@ LESS = {
     for kind, score in (("audio", "frechet_audio"), ("video", "frechet_video"), ("path", "path"))
 }
 
+LOCK = Lock()  # of scores.csv
 TABLE_1 = list(PAPER_1)
 TABLES = (
     ("Table 1, by what is true", TABLE_1, EXACT, 3, {}),
@@ -150,7 +152,7 @@ def job(model, seed, args, ready):
         rows = [(way, seed, line[0], score, value) for line in lines if line and line[0] in (*TASKS, "tokenizer")
                 for score, value in zip(sample.SCORES, line[1:]) if value != "-"]  # fmt: skip
         scores = args.out / "scores.csv"
-        with scores.open("a", newline="") as file:
+        with LOCK, scores.open("a", newline="") as file:
             writer = csv.writer(file)
             writer.writerows(rows if scores.stat().st_size else [("way", "seed", "task", "score", "value"), *rows])
         print(f"{len(rows)} scores of {way}, {model}, seed {seed}", flush=True)
@@ -192,7 +194,9 @@ def main():
     parser.add_argument("--n", type=int, default=256, help="samples a task (default 256)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--device", default="auto", help="as in train.py")
-    parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder (default runs/tables)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/tables"), help="folder of these --steps and --n (default runs/tables)"
+    )
     parser.add_argument("--clip", type=int, default=0, help="held-out clip of strategies.png (default 0)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
