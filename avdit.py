@@ -327,7 +327,7 @@ def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max
         wanted = per_segment(t[m] > 0, z0[m])  # a given segment, t = 0, is no part of the task [Eq. 3]
         weight = torch.where(wanted, schedule.scales(t[m], z0[m])[1] ** noise_power, 0)
         total = total + torch.where(wanted, weight * square, 0).sum()
-        count = count + weight.sum() * square[0, 0].numel()
+        count = count + weight.expand_as(square).sum()
         errors[m] = square.detach().flatten(2).mean(-1)
     loss = total / count.clamp(min=1e-8)
     return (loss, errors) if return_errors else loss

@@ -117,6 +117,7 @@ def strategy_of(t):
         ("monl", {"vanilla": 0.25, "pm": 0.25, "pt": 0.25, "ptm": 0.25}),
         ("pt+pm+ptm", {"pt": 1 / 3, "pm": 1 / 3, "ptm": 1 / 3}),
         ("vanilla*2+ptm", {"vanilla": 2 / 3, "ptm": 1 / 3}),
+        ("monl+pm", {"vanilla": 1 / 8, "pm": 5 / 8, "pt": 1 / 8, "ptm": 1 / 8}),
     ],
 )
 def test_mixture_frequencies_and_equalities(mixture, shares):
