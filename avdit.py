@@ -326,7 +326,7 @@ def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max
         square = (out[m] - schedule.target(z0[m], eps[m], t[m], getattr(model, "prediction", "eps"))).square()
         wanted = per_segment(t[m] > 0, z0[m])  # a given segment, t = 0, is no part of the task [Eq. 3]
         weight = torch.where(wanted, schedule.scales(t[m], z0[m])[1] ** noise_power, 0)
-        total = total + torch.where(wanted, weight * square, 0).sum()
+        total = total + (weight * square).sum()
         count = count + weight.expand_as(square).sum()
         errors[m] = square.detach().flatten(2).mean(-1)
     loss = total / count.clamp(min=1e-8)
