@@ -79,9 +79,10 @@ FRECHET |= {
     for kind in ("audio", "video")
 }
 LESS = {
-    f"{task} {kind}": [(task, score)]
+    f"{task} {score.removeprefix('frechet_')}": [(task, score)]
+    for scores in (("frechet_audio", "frechet_video"), ("path",))  # the paper has no path
     for task in ("continue-2s", "continue")
-    for kind, score in (("audio", "frechet_audio"), ("video", "frechet_video"), ("path", "path"))
+    for score in scores
 }
 
 LOCK = Lock()  # of scores.csv
@@ -168,7 +169,7 @@ def table(found, ways, columns, digits, paper):
             values = [statistics.mean(scores[p] for p in pairs) for scores in runs]
             cell = f"{statistics.mean(values):.{digits}f}" if values else "-"
             cell += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(cell + (f" ({paper[way][i]})" if way in paper else ""))
+            cells.append(cell + (f" ({paper[way][i]})" if i < len(paper.get(way, ())) else ""))
         print(f"| {way} | " + " | ".join(cells) + " |")
 
 
@@ -183,7 +184,7 @@ def figure(out, path, clip):
         sounds.append(made["audio"][clip])
     videos, sounds = [made["video_true"][clip], *videos], [made["audio_true"][clip], *sounds]
     given = made["given_video"], made["given_audio"]
-    title = "continue, one held-out clip: the first row is the truth"
+    title = "continue, one held-out clip, the truth on top"
     sample.write_sheet(path, title, np.stack(videos), np.stack(sounds), given, int(made["sample_rate"]), names=names)
 
 
