@@ -1,6 +1,7 @@
 """avdit.py against closed forms and slow loops written from the paper."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -277,3 +278,6 @@ def test_wrong_models_are_refused():
         AVDiT(TOY, 16, 1, 2, "x0")
     with pytest.raises(ValueError, match="divisible"):
         AVDiT(TOY, 16, 1, 3)
+    for settings in (avdit.PRESETS["toy"], TOY[0]):  # everybody shares them
+        with pytest.raises(FrozenInstanceError):
+            settings.grid = settings.dim = 3

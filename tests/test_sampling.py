@@ -67,6 +67,8 @@ def test_loss_is_eq_6(prediction, conditioning, power):
         spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, noise_power=power, return_errors=True
     )
     assert len(spy.calls) == 1 + conditioning
+    if not conditioning and not power:  # the defaults
+        assert training_loss(Spy(prediction), SCHEDULE, z0, t, eps, z_max=z_max) == loss
     prev = None
     if conditioning:  # the pass without gradient sees none; its estimate, clamped, goes beside z_t
         assert spy.calls[0][2] is None
@@ -332,10 +334,11 @@ def test_on_step_counts_every_step():
 
 
 def test_defaults_are_the_papers():
-    """250 DDIM steps [App. B]; reconstruction guidance of strength 0.02 [App. C.2]; no guidance."""
+    """250 DDIM steps [App. B]; reconstruction guidance of strength 0.02 [App. C.2]; no guidance. One step is possible."""
     z0, given, seen = latents(THREE, 1), masks(THREE, 1, 3), []
     generate(Spy(), SCHEDULE, z0, given, on_step=lambda *a: seen.append(a))
-    assert seen[-1] == (250, 250)
+    generate(Spy(), SCHEDULE, z0, given, steps=1, on_step=lambda *a: seen.append(a))
+    assert seen[-2:] == [(250, 250), (1, 1)]
     for kwargs, same in (({}, {"sampler": "ddim", "guidance": 0.0, "method": "monl"}),
                          ({"method": "reconstruction"}, {"method": "reconstruction", "strength": 0.02})):  # fmt: skip
         one, two = (generate(Spy(), SCHEDULE, z0, given, steps=3, generator=torch.Generator().manual_seed(1), **k)
