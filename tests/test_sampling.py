@@ -62,6 +62,7 @@ def test_loss_is_eq_6(prediction, conditioning, power):
     z0, eps = latents(THREE, 3, 1, torch.float64), latents(THREE, 3, 2, torch.float64)
     t = sample_timesteps("ptm", THREE, 3, 1000, torch.Generator().manual_seed(0))
     t["audio"][1] = 0  # a given modality
+    t["video"][1] = torch.tensor([1, 0, 2])  # the least noise is noise
     z_max = {m.name: 1.5 for m in THREE}
     loss, errors = training_loss(
         spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, noise_power=power, return_errors=True
