@@ -373,7 +373,7 @@ def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, noise):
     (a, s), (a_next, _) = schedule.scales(t, z), schedule.scales(t_next, z)
     # DIFFERS FROM PAPER: the factor in front is 1 / sqrt(alpha), Sec. 2 prints sqrt(alpha_bar); the noise's divisor is
     # sqrt(1 - alpha_bar), Alg. 3 and 4 print alpha. A respaced step's alpha is alpha_bar[t] / alpha_bar[t_next]; its
-    # beta, 1 - alpha, would lose its digits at either end if it were subtracted in float32.
+    # beta, 1 - alpha, would lose its digits at small t if it were subtracted in float32.
     log_alpha = (schedule.log_alpha_bar[:, t] - schedule.log_alpha_bar[:, t_next]).sum(0)
     beta = per_segment(-torch.expm1(log_alpha), z)
     mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat)

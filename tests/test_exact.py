@@ -1,6 +1,6 @@
 """generate() against the one world where everything is known: jointly Gaussian latents.
 
-There the best denoiser at ANY timestep vector is linear in z, so that a sampler's mean and covariance follow from its
+There the best denoiser at ANY timestep vector is affine in z, so that a sampler's mean and covariance follow from its
 steps exactly, and what it should have reached is the textbook conditional. `pytest -s tests/test_exact.py` prints what
 the tests measure.
 """
@@ -85,7 +85,7 @@ def recursion(mean, cov, steps, sampler):
             beta = 1 - AB[t] / AB[t2]
             A = (one - beta / math.sqrt(1 - AB[t]) * gain) / math.sqrt(1 - beta)
             noise = beta if t2 else 0
-        # z - a mean is what the step scales: at z = a mean the noise is none and only the signal's share grows
+        # at z = a mean the predicted noise is zero: a step takes the mean to a2 mean and what deviates from it by A
         m = math.sqrt(AB[t2]) * mean + A @ (m - math.sqrt(AB[t]) * mean)
         P = A @ P @ A.T + noise * one
     return m, P
@@ -116,15 +116,16 @@ def probe(oracle, given, monkeypatch, **kwargs):
     return (out[:, 1:] - out[:, :1]).mT, out[:, 0]
 
 
-@pytest.mark.parametrize(("sampler", "steps", "alike"), [("ddim", 250, 100), ("ddpm", 1000, 100)])
-def test_samples_have_the_exact_conditional_mean_and_covariance(sampler, steps, alike):
+@pytest.mark.parametrize(("sampler", "steps", "alike", "bound"),
+                         [("ddim", 250, 400, 0.03), ("ddpm", 50, 400, 0.1), ("ddpm", 1000, 100, 0.005)])  # fmt: skip
+def test_samples_have_the_exact_conditional_mean_and_covariance(sampler, steps, alike, bound):
     """15 masks in one batch. The samples against the recursion (sampling error), the recursion against the truth (bias)."""
     oracle, given = Oracle(alike), all_masks()
     each = {m: x.repeat_interleave(alike, 0) for m, x in given.items()}
     z0 = unflat(oracle.clean.expand(15 * alike, -1))
     made = flat(generate(oracle, SCHEDULE, z0, each, steps=steps, sampler=sampler,
                          generator=torch.Generator().manual_seed(5))).unflatten(0, (15, alike))  # fmt: skip
-    white, bias = [], []
+    white, off_diagonal, bias = [], [], []
     for held, x in zip(per_element(given), made):
         assert (x[:, held] == oracle.clean[held]).all()
         if held.all():
@@ -135,13 +136,16 @@ def test_samples_have_the_exact_conditional_mean_and_covariance(sampler, steps, 
         x = x[:, ~held]
         assert ((x.mean(0) - m).abs() < 5 * scale_P / math.sqrt(alike)).all()
         assert ((x.T.cov() - P).abs() < 7 * scale_P[:, None] * scale_P / math.sqrt(alike)).all()
-        white.append(torch.linalg.solve_triangular(torch.linalg.cholesky(P), (x - m).T, upper=False).flatten())
+        x = torch.linalg.solve_triangular(torch.linalg.cholesky(P), (x - m).T, upper=False)  # uncorrelated, if right
+        off_diagonal.append((x @ x.T)[*torch.triu_indices(len(x), len(x), 1)] / math.sqrt(alike))
+        white.append(x.flatten())
         bias.append((((m - mean) / scale).abs().max(), ((P - cov) / scale[:, None] / scale).abs().max()))
-    white = torch.cat(white)  # all of it independent and of unit variance, if generate() is right
+    white, off_diagonal = torch.cat(white), torch.cat(off_diagonal)
     assert abs(white.mean()) < 5 / math.sqrt(len(white)) and abs(white.var() - 1) < 5 * math.sqrt(2 / len(white))
+    assert abs(off_diagonal.var() - 1) < 5 * math.sqrt(2 / len(off_diagonal)) + 2 / alike
     worst = [max(b).item() for b in zip(*bias)]
     print(f"\n{sampler}, {steps} steps: worst bias of mean {worst[0]:.4f}, of covariance {worst[1]:.4f} standard units")
-    assert worst[0] < 0.03 and worst[1] < 0.03
+    assert max(worst) < bound
 
 
 def test_ddim_is_the_exact_linear_map(monkeypatch):
@@ -157,7 +161,8 @@ def test_ddim_is_the_exact_linear_map(monkeypatch):
 
 
 def test_ddim_converges_at_first_order(monkeypatch):
-    """From the true marginal at T the error halves with every doubling of the steps; from N(0, I) the mean's stays."""
+    """From the true marginal at T the covariance's error halves with every doubling of the steps, and the mean is exact
+    at any number; from N(0, I) the mean keeps an error of a_T |C^(1/2) mean|."""
     oracle = Oracle()
     joint = {m.name: torch.zeros(1, m.N, dtype=torch.bool) for m in WORLD}
     a, s = math.sqrt(AB[1000]), math.sqrt(1 - AB[1000])
@@ -192,7 +197,7 @@ def test_guidance_extrapolates_between_two_exact_conditionals(drop):
     z = flat(oracle.calls[0][0])[:, ~held]
     for tau, tau2 in ((1000, 500), (500, 0)):
         eps = []
-        for known in (held, held & ~dropped):  # what was dropped is as good as unknown: 0.00635 of it is left at T
+        for known in (held, held & ~dropped):
             mean, cov = oracle.conditional(known)
             wanted = ~held[~known]
             mean, cov = mean[wanted], cov[wanted][:, wanted]
@@ -203,34 +208,40 @@ def test_guidance_extrapolates_between_two_exact_conditionals(drop):
         z = math.sqrt(AB[tau2]) * z0_hat + math.sqrt(1 - AB[tau2]) * guided
     plain = flat(generate(oracle, SCHEDULE, z0, given, steps=2, generator=torch.Generator().manual_seed(0)))
     assert (made - plain)[:, ~held].abs().max() > 1  # it does something, and what it does is this
+    # The oracle takes the noise in the place of what was dropped for 0.00635 of signal, which moves this by 0.02.
     torch.testing.assert_close(made[:, ~held], z, atol=0.03, rtol=0)
 
 
-def test_no_guidance_is_bit_identical_to_none():
+def test_guidance_of_zero_is_none():
+    """Bit-identical, and without a second call."""
     oracle, z0 = Oracle(), unflat(Oracle().clean.expand(3, -1))
     given = task_mask("inpaint", WORLD)
     runs = [generate(oracle, SCHEDULE, z0, given, steps=3, generator=torch.Generator().manual_seed(0), **kwargs)
             for kwargs in ({}, {"guidance": 0.0, "guidance_drop": ["audio"]})]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in runs)))
+    assert len(oracle.calls) == 2 * 3
 
 
 @pytest.mark.parametrize("task", ["a2v", "v2a", "inpaint", "continue"])
-def test_replacement_misses_the_conditional_that_masked_sampling_hits(task):
+def test_replacement_misses_the_conditional_that_masked_sampling_hits(task, monkeypatch):
     """The paper's point [Sec. 3.3, App. C.2], with the exact denoiser for both: only how the given part is held differs.
 
     Error of the mean in standard deviations (root mean square over whitened elements), of the covariance relative.
     """
-    n, oracle, given = 1000, Oracle(alike=1000), task_mask(task, WORLD)
+    n, oracle, given, found = 1000, Oracle(), task_mask(task, WORLD), {}
     held = per_element({m: x[None] for m, x in given.items()})[0]
-    (mean, cov), found = oracle.conditional(held), {}
-    for method in ("monl", "replacement"):
-        x = flat(generate(oracle, SCHEDULE, unflat(oracle.clean.expand(n, -1)), given, steps=100, method=method,
-                          generator=torch.Generator().manual_seed(0)))[:, ~held]  # fmt: skip
-        shift = torch.linalg.solve(torch.linalg.cholesky(cov), x.mean(0) - mean).norm() / math.sqrt(len(mean))
-        found[method] = shift.item(), ((x.T.cov() - cov).norm() / cov.norm()).item()
+    mean, cov = oracle.conditional(held)
+    (A,), (b,) = probe(oracle, {m: x[None] for m, x in given.items()}, monkeypatch, steps=100)
+    found["monl"] = b[~held], (A @ A.T)[~held][:, ~held]  # without sampling error
+    x = flat(generate(Oracle(alike=n), SCHEDULE, unflat(oracle.clean.expand(n, -1)), given, steps=100,
+                      method="replacement", generator=torch.Generator().manual_seed(0)))[:, ~held]  # fmt: skip
+    found["replacement"] = x.mean(0), x.T.cov()
+    for k, (m, P) in found.items():
+        shift = torch.linalg.solve(torch.linalg.cholesky(cov), m - mean).norm() / math.sqrt(len(mean))
+        found[k] = shift.item(), ((P - cov).norm() / cov.norm()).item()
     print(f"\n{task}: " + ", ".join(f"{k} mean {v[0]:.3f} covariance {v[1]:.3f}" for k, v in found.items()))
-    assert max(found["monl"]) < 0.12
-    assert found["replacement"][0] > 0.5 and found["replacement"][1] > 2 * found["monl"][1]
+    assert max(found["monl"]) < 0.05
+    assert found["replacement"][0] > 0.5 and found["replacement"][1] > 0.25  # sampling alone: 0.03 and 0.1
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])

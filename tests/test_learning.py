@@ -9,7 +9,8 @@ from avdit import STRATEGIES, AVDiT, sample_timesteps, training_loss
 
 
 def test_training_on_gaussian_data_approaches_the_oracles_loss():
-    """For every strategy, out of one model trained on all four; beside it the best that looks at one element alone."""
+    """One model trained on all four strategies: on each its loss is within 7 % of the oracle's, and at least half way
+    there from the best denoiser that looks at each element alone."""
     torch.manual_seed(0)
     g, oracle, steps, lr = torch.Generator().manual_seed(0), Oracle(), 1000, 4e-3
     root = torch.linalg.cholesky(oracle.cov).float()

@@ -133,14 +133,19 @@ def test_mixture_frequencies_and_equalities(mixture, shares):
         assert t[m.name].min() >= 1 and t[m.name].max() <= 1000
 
 
-def test_timesteps_are_uniform_and_independent():
-    t = sample_timesteps("ptm", THREE, 20000, 5, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("mixture", [*avdit.STRATEGIES, "task:continue"])
+def test_timesteps_are_uniform_and_independent(mixture):
+    t = sample_timesteps(mixture, THREE, 20000, 5, torch.Generator().manual_seed(0))
     columns = torch.cat(list(t.values()), 1)  # every segment of every modality
+    columns = columns[:, columns.any(0)]  # that is wanted
     counts = torch.stack([(columns == k).sum(0) for k in range(1, 6)])
     assert (counts.sum(0) == 20000).all()
     assert ((counts - 4000).abs() < 5 * math.sqrt(20000 * 0.2 * 0.8)).all()
-    off_diagonal = columns.double().T.corrcoef() - torch.eye(columns.shape[1])
-    assert off_diagonal.abs().max() < 5 / math.sqrt(20000)
+    centred = columns.double() - 3  # uniform on 1..5 has variance 2
+    assert ((centred[1:] * centred[:-1]).mean(0) / 2).abs().max() < 5 / math.sqrt(20000)  # from one example to the next
+    if mixture == "ptm":
+        off_diagonal = columns.double().T.corrcoef() - torch.eye(columns.shape[1])
+        assert off_diagonal.abs().max() < 5 / math.sqrt(20000)
 
 
 def test_task_mixtures_hold_zero_on_the_given_part():
@@ -170,6 +175,16 @@ def slow_forward(model, z_t, t, z0_prev):
         freqs = [10000 ** (-k / (d // 2)) for k in range(d // 2)]
         return torch.tensor([math.cos(x * f) for f in freqs] + [math.sin(x * f) for f in freqs], dtype=torch.float64)
 
+    def mlp(net, x):  # GELU in its tanh form
+        x = net[0](x)
+        return net[2](0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+
+    def embed(net, x):  # Linear, SiLU, Linear, SiLU
+        for linear in net[::2]:
+            x = linear(x)
+            x = x / (1 + torch.exp(-x))
+        return x
+
     def norm(x):
         return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
 
@@ -182,7 +197,7 @@ def slow_forward(model, z_t, t, z0_prev):
                     position = model.time[m.name][n] + model.space[m.name][p]
                     x.append(model.project_in[m.name](both) + position)
                     place = model.time[m.name][n] + model.space[m.name].mean(0)
-                    c.append(model.embed(torch.cat([sinusoid(t[m.name][b, n].item()), place])))
+                    c.append(embed(model.embed, torch.cat([sinusoid(t[m.name][b, n].item()), place])))
                     where.append((m, n, p))
         for block in model.blocks:
             ada = [block.ada(ci).chunk(4) for ci in c]
@@ -194,7 +209,7 @@ def slow_forward(model, z_t, t, z0_prev):
                     weight = (k[:, e] @ q[i, e] / math.sqrt(d // heads)).softmax(0)
                     mixed.append(weight @ v[:, e])
                 x[i] = x[i] + block.attend(torch.cat(mixed))
-            x = [xi + block.mlp(norm(xi) * (1 + scale) + shift) for xi, (_, _, shift, scale) in zip(x, ada)]
+            x = [xi + mlp(block.mlp, norm(xi) * (1 + scale) + shift) for xi, (_, _, shift, scale) in zip(x, ada)]
         for xi, ci, (m, n, p) in zip(x, c, where):
             shift, scale = model.ada(ci).chunk(2)
             result[m.name][b, n].view(m.P, -1)[p] = model.project_out[m.name](norm(xi) * (1 + scale) + shift)
@@ -211,6 +226,23 @@ def test_network_equals_its_slow_form():
             torch.testing.assert_close(fast[m.name], slow[m.name], atol=1e-4, rtol=1e-4)  # float32 angles to 1000
         zeros = {m: torch.zeros_like(x) for m, x in z.items()}
         assert all(torch.equal(a, b) for a, b in zip(model(z, t).values(), model(z, t, zeros).values()))
+
+
+def test_a_fresh_network():
+    """It predicts zero, its layers change nothing, and it knows when and where a token lies."""
+    torch.manual_seed(0)
+    model, z = AVDiT(THREE, 32, 2, 2), latents(THREE, 2)
+    t = sample_timesteps("ptm", THREE, 2, 1000)
+    assert all((out == 0).all() for out in model(z, t).values())
+    x, c = torch.randn(2, sum(m.N * m.P for m in THREE), 32), torch.randn(2, sum(m.N for m in THREE), 32)
+    assert torch.equal(model.blocks[0](x, c, THREE), x)
+    for m in THREE:
+        for n, row in enumerate(model.time[m.name]):
+            ms = 1000 * (m.edges[n] + m.edges[n + 1]) / 2
+            angles = [ms / 10000 ** (k / 16) for k in range(16)]
+            want = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+            torch.testing.assert_close(row.detach(), want, atol=1e-4, rtol=0)
+    assert abs(torch.cat([x.flatten() for x in model.space.values()]).std() - 0.5) < 0.08
 
 
 def test_a_segment_reaches_others_through_attention_alone():

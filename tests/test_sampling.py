@@ -63,7 +63,7 @@ def test_loss_is_eq_6(prediction, conditioning, power):
     t = sample_timesteps("ptm", THREE, 3, 1000, torch.Generator().manual_seed(0))
     t["audio"][1] = 0  # a given modality
     t["video"][1] = torch.tensor([1, 0, 2])  # the least noise is noise
-    z_max = {m.name: 1.5 for m in THREE}
+    z_max = {"video": 1.5, "audio": 0.5, "touch": 2.5}
     loss, errors = training_loss(
         spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, noise_power=power, return_errors=True
     )
@@ -79,7 +79,7 @@ def test_loss_is_eq_6(prediction, conditioning, power):
             a, s = (wide(x[t[m]], z0[m]) for x in (ab.sqrt(), (1 - ab).sqrt()))
             z_t = a * z0[m] + s * eps[m]
             z0_hat = a * z_t - s * first[m] if prediction == "v" else (z_t - s * first[m]) / a
-            prev[m] = torch.where(wide(t[m] == 0, z_t), z0[m], z0_hat.clamp(-1.5, 1.5))
+            prev[m] = torch.where(wide(t[m] == 0, z_t), z0[m], z0_hat.clamp(-z_max[m], z_max[m]))
             torch.testing.assert_close(spy.calls[1][2][m], prev[m], atol=1e-4, rtol=1e-4)
     total = count = 0.0
     for m in z0:
@@ -181,7 +181,8 @@ def test_ddim_step_by_step(prediction):
     """Every DDIM step is z0_hat and eps_hat mixed anew at the next level; the wanted part ends at t = 0."""
     ab, spy, steps = alpha_bar(), Spy(prediction), 7
     z0, given = latents(TOY, 2, 1, torch.float64), task_mask("continue", TOY)
-    got = generate(spy, SCHEDULE, z0, given, steps=steps, generator=torch.Generator().manual_seed(3))
+    bound = {"video": 1.5, "audio": 0.5}  # of what is shown to the next pass, never of the sample itself
+    got = generate(spy, SCHEDULE, z0, given, steps=steps, z_max=bound, generator=torch.Generator().manual_seed(3))
     taus = [round(1000 - 1000 * k / steps) for k in range(steps + 1)]
     assert taus[-1] == 0 and len(spy.calls) == steps
     states = [call[0] for call in spy.calls] + [got]
@@ -195,7 +196,7 @@ def test_ddim_step_by_step(prediction):
             want = torch.where(wide(given[m], z[m]), z0[m], a2 * z0_hat + s2 * eps_hat)
             torch.testing.assert_close(states[i + 1][m], want, atol=1e-5, rtol=1e-4)
             if i + 1 < steps:  # self-conditioning: the estimate, and the clean value where given
-                seen = torch.where(wide(given[m], z[m]), z0[m], z0_hat)
+                seen = torch.where(wide(given[m], z[m]), z0[m], z0_hat.clamp(-bound[m], bound[m]))
                 torch.testing.assert_close(spy.calls[i + 1][2][m], seen, atol=1e-4, rtol=1e-4)
     assert spy.calls[0][2] is None
 
@@ -230,88 +231,94 @@ def test_one_mask_for_all_equals_the_same_mask_for_each():
     assert all(torch.equal(one[m], each[m]) for m in z0)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("drop", [None, ["audio"], ["video", "touch"]])
-def test_guidance_is_eq_16_and_leaks_nothing(drop):
+def test_guidance_is_eq_16_and_leaks_nothing(drop, sampler):
     """Two calls a step; the result is (1 + s) cond - s uncond; the second call knows no dropped clean value."""
-    s, spy = 2.5, Spy()
+    s, spy, noise = 2.5, Spy(), drawn(2, THREE, 2)
+    T, ab = 100, np.cumprod([1, *(1 - np.linspace(1e-3, 0.2, 100))])
     z0, given = latents(THREE, 2, 1, torch.float64), masks(THREE, 2, 3)
-    got = generate(
-        spy, SCHEDULE, z0, given, steps=3, guidance=s, guidance_drop=drop, generator=torch.Generator().manual_seed(2)
-    )
+    got = generate(spy, NoiseSchedule(T, 1e-3, 0.2), z0, given, steps=4, sampler=sampler, guidance=s,
+                   guidance_drop=drop, generator=torch.Generator().manual_seed(2))  # fmt: skip
     states = [call[0] for call in spy.calls[::2]] + [got]
-    assert len(spy.calls) == 6
-    for i in range(3):
+    assert len(spy.calls) == 8
+    next(noise)  # where it starts
+    guided = None
+    for i in range(4):
         (z, t, prev), (z_u, t_u, prev_u) = spy.calls[2 * i : 2 * i + 2]
-        tau, tau2 = ([1000, 667, 333, 0][k] for k in (i, i + 1))
+        tau, tau2 = T - 25 * i, T - 25 * i - 25
+        fresh = next(noise) if sampler == "ddpm" else None
+        absent = next(noise)
         cond, uncond = Spy()(z, t, prev), Spy()(z_u, t_u, prev_u)
         for m in z0:
-            dropped = given[m] & (drop is None or m in drop)
+            dropped = wide(given[m] & (drop is None or m in drop), z[m])
             wanted = wide(~given[m], z0[m])
-            assert (t_u[m] == torch.where(dropped, 1000, torch.where(given[m], 0, tau))).all()
-            assert torch.equal(z_u[m][wide(~dropped, z[m])], z[m][wide(~dropped, z[m])])
-            noise = z_u[m][wide(dropped, z[m])]
-            assert not torch.isin(noise, z0[m]).any() and (noise.numel() < 20 or abs(noise.std() - 1) < 0.5)
-            if i:
-                assert (prev_u[m][wide(dropped, z[m])] == 0).all()
-                assert torch.equal(prev[m][wide(given[m], z[m])], z0[m][wide(given[m], z[m])])
-            ab, ab2 = alpha_bar()[tau], alpha_bar()[tau2]
-            eps = (1 + s) * cond[m] - s * uncond[m]  # Eq. 16
-            step = math.sqrt(ab2) * (z[m] - math.sqrt(1 - ab) * eps) / math.sqrt(ab) + math.sqrt(1 - ab2) * eps
-            torch.testing.assert_close(states[i + 1][m][wanted], step[wanted], atol=1e-4, rtol=1e-4)
+            assert (t_u[m] == torch.where(dropped.flatten(2)[..., 0], T, torch.where(given[m], 0, tau))).all()
+            assert torch.equal(z_u[m], torch.where(dropped, absent[m], z[m]))  # nothing of the condition but noise
+            if i:  # the estimate that was guided, and nothing of the condition where it was dropped
+                torch.testing.assert_close(prev[m], torch.where(wanted, guided[m], z0[m]), atol=1e-4, rtol=1e-4)
+                assert torch.equal(prev_u[m], torch.where(dropped, 0, prev[m]))
+        eps = {m: (1 + s) * cond[m] - s * uncond[m] for m in z0}  # Eq. 16
+        guided = {m: (z[m] - math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(ab[tau]) for m in z0}
+        for m in z0:
+            if sampler == "ddim":
+                step = math.sqrt(ab[tau2]) * guided[m] + math.sqrt(1 - ab[tau2]) * eps[m]
+            else:
+                alpha = ab[tau] / ab[tau2]
+                step = (z[m] - (1 - alpha) / math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(alpha)
+                step = step + (math.sqrt(1 - alpha) * fresh[m] if tau2 else 0)
+            want = torch.where(wide(given[m], z[m]), z0[m], step)
+            torch.testing.assert_close(states[i + 1][m], want, atol=1e-4, rtol=1e-4)
 
 
 def test_replacement_shows_the_noised_truth_and_the_models_own_estimate():
     z0, given, ab = latents(TOY, 200, 1, torch.float64), task_mask("inpaint", TOY), alpha_bar()
     z0 = {m: z + 9 for m, z in z0.items()}  # so far from zero that the little signal left at T shows
-    spy = Spy()
+    spy, before = Spy(), None
     generate(spy, SCHEDULE, z0, given, steps=5, method="replacement", generator=torch.Generator().manual_seed(2))
     for i, (z, t, prev) in enumerate(spy.calls):
-        tau = 1000 - 200 * i
+        tau, noise = 1000 - 200 * i, {}
         for m in z0:
             assert (t[m] == tau).all()  # the model is told one level for everything
-            residual = (z[m] - math.sqrt(ab[tau]) * z0[m])[:, given[m]] / math.sqrt(1 - ab[tau])
-            assert abs(residual.mean()) < 0.03 and abs(residual.std() - 1) < 0.03
+            noise[m] = (z[m] - math.sqrt(ab[tau]) * z0[m])[:, given[m]] / math.sqrt(1 - ab[tau])
+            assert abs(noise[m].mean()) < 0.03 and abs(noise[m].std() - 1) < 0.03
             if i:
+                assert abs((noise[m] * before[m]).mean()) < 0.03  # drawn anew for every step
                 z_, t_, prev_ = spy.calls[i - 1]
-                before = 1000 - 200 * (i - 1)
-                own = (z_[m] - math.sqrt(1 - ab[before]) * Spy()(z_, t_, prev_)[m]) / math.sqrt(ab[before])
+                own = (z_[m] - math.sqrt(1 - ab[tau + 200]) * Spy()(z_, t_, prev_)[m]) / math.sqrt(ab[tau + 200])
                 torch.testing.assert_close(prev[m], own, atol=1e-4, rtol=1e-4)
+        before = noise
 
 
 def test_reconstruction_guidance_moves_by_eqs_9_to_12():
-    """One step against numerical derivatives of the squared error in the step's input."""
-    strength, z0, given = 0.3, latents(TOY, 1, 1, torch.float64), task_mask("continue", TOY)
-    spy, ab, tau, tau2 = Spy(), alpha_bar(), 1000, 500
-    generate(
-        spy,
-        SCHEDULE,
-        z0,
-        given,
-        steps=2,
-        method="reconstruction",
-        strength=strength,
-        generator=torch.Generator().manual_seed(2),
-    )
-    (z, t, _), (after, _, _) = spy.calls
+    """A step with self-conditioning, two examples, against numerical derivatives of the squared error in its input."""
+    strength, z0, given = 0.3, latents(TOY, 2, 1, torch.float64), task_mask("continue", TOY)
+    spy, ab, tau, tau2 = Spy("v"), alpha_bar(), 667, 333
+    generate(spy, SCHEDULE, z0, given, steps=3, method="reconstruction", strength=strength,
+             generator=torch.Generator().manual_seed(2))  # fmt: skip
+    (z_, t_, _), (z, t, prev), (after, _, _) = spy.calls
     a, s, a2, s2 = (math.sqrt(x) for x in (ab[tau], 1 - ab[tau], ab[tau2], 1 - ab[tau2]))
+    for m in z0:  # the model's own estimate everywhere, nothing clean
+        own = math.sqrt(ab[1000]) * z_[m] - math.sqrt(1 - ab[1000]) * Spy()(z_, t_, None)[m]
+        torch.testing.assert_close(prev[m], own, atol=1e-4, rtol=1e-4)
 
     def step(z):
-        eps = Spy()(z, t, None)
-        return {m: a2 * (z[m] - s * eps[m]) / a + s2 * eps[m] for m in z}
+        v = Spy()(z, t, prev)
+        return {m: a2 * (a * z[m] - s * v[m]) + s2 * (s * z[m] + a * v[m]) for m in z}
 
     def error(z):  # the given part of the next call is the noised truth at the step's new t
         out = step(z)
         return sum(((out[m] - after[m])[:, given[m]] ** 2).sum().item() for m in z)
 
     plain = step(z)
-    for m, place in (("video", (0, 3, 1, 0, 5)), ("audio", (0, 9, 11))):
+    for m, place in (("video", (0, 3, 1, 0, 5)), ("audio", (0, 9, 11)), ("audio", (1, 12, 3))):
         up, down = ({k: v.clone() for k, v in z.items()} for _ in "ab")
         up[m][place] += 1e-4
         down[m][place] -= 1e-4
         gradient = (error(up) - error(down)) / 2e-4
         assert abs(gradient) > 1e-3
         want = plain[m][place] - strength * s2 * gradient
-        torch.testing.assert_close(after[m][place], want, atol=abs(strength * gradient) * 1e-3, rtol=1e-4)
+        torch.testing.assert_close(after[m][place], want, atol=abs(strength * gradient) * 1e-3, rtol=1e-5)
 
 
 def test_wrong_arguments_are_named():
