@@ -303,6 +303,7 @@ def test_the_paper_preset_is_app_b():
     video, audio = p.modalities
     assert video.edges == (0, 1 / 8, 5 / 8, 9 / 8, 13 / 8, 17 / 8) and video.grid == (16, 16)
     np.testing.assert_allclose(audio.edges, 320 / 16000 * np.arange(107), atol=1e-12)
+    assert [m.shape for m in TOY] == [(5, 2, 2, 64), (17, 64)] and TOY[0].edges[-1] == TOY[1].edges[-1] == 17 / 8
 
 
 def test_wrong_models_are_refused():
