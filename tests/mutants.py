@@ -71,7 +71,19 @@ HAND = [  # module, what is there, what a tired student makes of it
 ]  # fmt: skip
 
 # Mutants that no test can kill, because nothing changes: as main() names them -> why.
-EQUIVALENT = {}
+EQUIVALENT = {
+    "mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat) | 1e-08 -> 2e-08": "s is 0 or at least 0.01",
+    "loss = total / count.clamp(min=1e-8) | 1e-08 -> 2e-08": "count is 0, and total with it, or at least 0.01",
+    "weight = -1.0 | 1.0 -> 2.0": "as little a positive number",
+    "starts = (0, *range(1, frames + 1, 4)) | 1 -> 2 (again)": "the same starts for every 1 + 4 k frames",
+    "count = int(frames / fps / segment + 1e-6) | 1e-06 -> 2e-06": "a tolerance",
+    "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | edges[1:] <= end + 1e-06 -> "
+    "edges[1:] < end + 1e-06": "differs where an edge is off by exactly the tolerance",
+    "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | edges[:-1] >= start - 1e-06 -> "
+    "edges[:-1] > start - 1e-06": "the same",
+    "error = sum(torch.where(fixed[m], z_next[m] - shown[m], 0).square().sum() for m in z0) | 0 -> 1": "adds a constant, which has no gradient",
+    "clean = {m: torch.where(fixed[m], z0[m], 0) for m in z0} | 0 -> 1": "what lies there is never used",
+}
 
 
 def places(tree):
