@@ -77,6 +77,7 @@ EQUIVALENT = {
     "weight = -1.0 | 1.0 -> 2.0": "as little a positive number",
     "starts = (0, *range(1, frames + 1, 4)) | 1 -> 2 (again)": "the same starts for every 1 + 4 k frames",
     "count = int(frames / fps / segment + 1e-6) | 1e-06 -> 2e-06": "a tolerance",
+    "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | 1e-06 -> 2e-06": "a tolerance",
     "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | 1e-06 -> 2e-06 (again)": "a tolerance",
     "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | edges[1:] <= end + 1e-06 -> "
     "edges[1:] < end + 1e-06": "differs where an edge is off by exactly the tolerance",

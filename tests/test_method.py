@@ -133,6 +133,12 @@ def test_mixture_frequencies_and_equalities(mixture, shares):
         assert t[m.name].min() >= 1 and t[m.name].max() <= 1000
 
 
+def test_any_modality_can_be_the_time_reference():
+    audio_first = [THREE[1], THREE[0]]  # the reference is the longer one now
+    t = sample_timesteps("pt", audio_first, 50, 1000, torch.Generator().manual_seed(0))
+    assert torch.equal(t["video"], t["audio"][:, slow_correspondence(THREE[0], THREE[1])])
+
+
 @pytest.mark.parametrize("mixture", [*avdit.STRATEGIES, "task:continue"])
 def test_timesteps_are_uniform_and_independent(mixture):
     t = sample_timesteps(mixture, THREE, 20000, 5, torch.Generator().manual_seed(0))
