@@ -172,7 +172,7 @@ def write_sheet(path, title, video, audio, given, rate, true=None, names=None):
     """One block per sample: its frames in a row over their track, the true frames, its spectrogram over its track."""
     count, frames = video.shape[:2]
     names = names or [f"{i:02}" for i in range(count)]
-    edge, margin = max(48, min(64, video.shape[2])), 44 + 6 * max(map(len, names)) + 20
+    edge, margin = max(48, min(64, video.shape[2])), 64 + 6 * max(map(len, names))
     width = edge * frames
 
     def strip(clip):

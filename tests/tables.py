@@ -126,28 +126,18 @@ def job(model, seed, args, ready):
     folder = args.out / folder_name(model, seed)
     folder.mkdir(parents=True, exist_ok=True)
     if model in TASKS:
-        ways = {"Conditional": ()}
+        task, ways = model, {"Conditional": ()}
     else:
-        ways = {way: extra for way, (of, extra) in WAYS.items() if of == model}
-    last = model if model in TASKS else TASKS[-1]
-    missing = [way for way in ways if not any(task == last for task, _ in ready.get((way, seed), ()))]
+        task, ways = "all", {way: extra for way, (of, extra) in WAYS.items() if of == model}
+    last = TASKS[-1] if task == "all" else task
+    missing = [way for way in ways if not any(done == last for done, _ in ready.get((way, seed), ()))]
+    common = ("--seed", seed, "--device", args.device)
     if missing:
-        more = ("--steps", args.steps, "--seed", seed, "--out", folder, "--resume", "--device", args.device)
+        more = ("--steps", args.steps, "--out", folder, "--resume", *common)
         run("train.py", *MODELS[model], *more, log=folder / "train.txt")
     for way in missing:
         to = folder / folder_name(way)
-        more = (
-            "--task",
-            model if model in TASKS else "all",
-            "--n",
-            args.n,
-            "--seed",
-            seed,
-            "--out",
-            to,
-            "--device",
-            args.device,
-        )
+        more = ("--task", task, "--n", args.n, "--out", to, *common)
         printed = run("sample.py", "--ckpt", folder, "--score", *ways[way], *more, log=folder / f"{to.name}.txt")
         lines = [line.split() for line in printed.splitlines()]
         rows = [(way, seed, line[0], score, value) for line in lines if line and line[0] in (*TASKS, "tokenizer")

@@ -286,12 +286,9 @@ def test_presets_have_the_stated_size():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in preset.model().parameters()) for name, preset in avdit.PRESETS.items()}
     assert 410e6 < counts["paper"] < 420e6  # the paper says 420 M
-    d, weights, biases = (
-        1024,
-        3 + 1 + 4 + 4 + 4,
-        1 + 4 + 1 + 4,
-    )  # a layer: q k v, out, MLP up and down, scales and shifts
-    layers = 24 * (weights * d * d + biases * d)
+    d = 1024
+    # a layer: q k v without bias; with it out, MLP up and down, scales and shifts
+    layers = 24 * ((3 + 1 + 4 + 4 + 4) * d * d + (1 + 4 + 1 + 4) * d)
     around = 3 * d * d + 2 * d + 2 * d * d + 2 * d  # the timestep's MLP, the last scale and shift
     ends = sum(2 * c * d + d + d * c + c for c in (8, 1024))  # into the transformer, beside the estimate, and out
     positions = (5 + 256 + 106 + 1) * d
