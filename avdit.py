@@ -91,6 +91,7 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("s", (1 - alpha_bar).sqrt().float())
         log = alpha_bar.log()  # in two float32 halves: the difference of two, a small step's, would lose its digits
         self.register_buffer("log_alpha_bar", torch.stack([log.float(), (log - log.float()).float()]))
+        self.register_buffer("half_log_snr", ((log - (1 - alpha_bar).log()) / 2).float())  # log(a / s)
 
     def scales(self, t, z):
         """(a, s) at t, (B, N_m), shaped to multiply z, (B, N_m, *grid, d_m)."""
@@ -204,6 +205,14 @@ def modulate(x, shift, scale, modalities):
     return torch.cat(parts, 1)
 
 
+def attention(q, k, v):
+    """(B, heads, L, d / heads) each. In float32 where a CPU would do few tokens in bf16: that gradient is slow."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < 512:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Block(nn.Module):
     """Transformer layer with AdaLN: every segment's scale and shift come from its own timestep [Sec. 4]."""
 
@@ -214,7 +223,7 @@ class Block(nn.Module):
         self.ada = nn.Linear(dim, 4 * dim)  # two (shift, scale) pairs, no gates: the paper's 420 M parameters say so
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)  # a bias on keys would have exactly zero gradient
         self.attend = nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         for out in (self.attend, self.mlp[-1]):  # each residual branch starts at zero, in place of adaLN-Zero's gates
             nn.init.zeros_(out.weight)
             nn.init.zeros_(out.bias)
@@ -224,7 +233,7 @@ class Block(nn.Module):
         shift1, scale1, shift2, scale2 = self.ada(c).chunk(4, -1)
         h = modulate(self.norm(x), shift1, scale1, modalities)
         q, k, v = rearrange(self.qkv(h), "b l (three h e) -> three b h l e", three=3, h=self.heads)
-        h = F.scaled_dot_product_attention(q, k, v)  # every token sees all tokens of all modalities
+        h = attention(q, k, v)  # every token sees all tokens of all modalities
         x = x + self.attend(rearrange(h, "b h l e -> b l (h e)"))
         return x + self.mlp(modulate(self.norm(x), shift2, scale2, modalities))
 
@@ -368,7 +377,7 @@ def task_mask(task, modalities):
 # ---------------------------------------------------------------------------------------
 
 
-def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, noise):
+def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, noise, last=None):
     """Line 5 of Alg. 3, line 7 of Alg. 4, from t to t_next <= t: every element steps down from its own t [Eq. 4]."""
     (a, s), (a_next, _) = schedule.scales(t, z), schedule.scales(t_next, z)
     # DIFFERS FROM PAPER: the factor in front is 1 / sqrt(alpha), Sec. 2 prints sqrt(alpha_bar); the noise's divisor is
@@ -380,10 +389,26 @@ def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, noise):
     return mean + torch.where(per_segment(t_next, z) > 0, beta.sqrt() * noise, 0)  # sigma^2 = beta
 
 
-def ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, noise):
-    """DDIM with eta = 0, the paper's sampler [App. B]: keep the estimated noise, lower its share; `noise` is unused."""
+def ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, noise=None, last=None):
+    """DDIM with eta = 0, the paper's sampler [App. B]: keep the estimated noise, lower its share."""
     a_next, s_next = schedule.scales(t_next, z)
     return a_next * z0_hat + s_next * eps_hat
+
+
+def dpmpp_2m_step(schedule, z, t, t_next, z0_hat, eps_hat, noise=None, last=None):
+    """DPM-Solver++(2M) [Lu et al. 2022]: DDIM from the estimate as it should be half a step later.
+
+    `last`, the (t, z0_hat) of the step before or None, tells how it moves: in a straight line over log(a / s), of every
+    element from its own t. The first step, and the one to t = 0, which in log(a / s) never ends, are plain DDIM.
+    """
+    if last:
+        t_last, z0_last = last
+        before, now, after = (schedule.half_log_snr[x] for x in (t_last, t, t_next))
+        ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half of this step by the last
+        change = per_segment(ratio, z) * (z0_hat - z0_last)
+        a, s = schedule.scales(t, z)
+        z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # still z = a z0_hat + s eps_hat
+    return ddim_step(schedule, z, t, t_next, z0_hat, eps_hat)
 
 
 def unconditional(z, t, z0_prev, dropped, noise, T):
@@ -397,12 +422,16 @@ def unconditional(z, t, z0_prev, dropped, noise, T):
     return {m: torch.where(dropped[m], noise[m], z[m]) for m in z}, t, z0_prev
 
 
-def guide(cond, uncond, s):
-    """Classifier-free guidance, on all channels [Eq. 13, Eq. 14, Eq. 16, Eq. 17]; z0 and eps are guided alike."""
-    return {m: (1 + s) * cond[m] - s * uncond[m] for m in cond}
+def guide(both, s):
+    """Classifier-free guidance, on all channels [Eq. 13, Eq. 14, Eq. 16, Eq. 17]; z0 and eps are guided alike.
+
+    both: dict (2 B, N_m, *grid, d_m), with the condition, then without.
+    """
+    halves = {m: x.chunk(2) for m, x in both.items()}
+    return {m: (1 + s) * cond - s * uncond for m, (cond, uncond) in halves.items()}
 
 
-SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
+SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}
 METHODS = ("monl", "replacement", "reconstruction")
 
 
@@ -415,8 +444,9 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
     z0             dict (B, N_m, *grid, d_m): clean values where given; whatever lies elsewhere is never used
     given          dict of bool (N_m,) or (B, N_m); given segments come back bit-identical
     steps          K: t = round(linspace(T, 0, K + 1)); K = T is Alg. 3
-    sampler        "ddim" or "ddpm"
-    guidance       s of Eq. 16: (1 + s) cond - s uncond, 0 is none (others write w = 1 + s)
+    sampler        "ddim", "ddpm" or "dpmpp_2m", which needs few steps
+    guidance       s of Eq. 16: (1 + s) cond - s uncond, 0 is none (others write w = 1 + s); the two passes are one
+                   call of the model, of twice the batch
     guidance_drop  names of the modalities whose given part the unconditional pass noises (None: all) [Fig. 11]
     method         "monl" [Sec. 3.3], or what a model without MoNL needs: "replacement", "reconstruction" [App. C.2]
     strength       lambda of reconstruction guidance [Eq. 9]
@@ -436,6 +466,7 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
     device = next(iter(z0.values())).device
     fixed = {m: per_segment(given[m].to(device), z0[m]) for m in z0}  # bool (B, N_m, 1, ...)
     dropped = {m: fixed[m] & (guidance_drop is None or m in guidance_drop) for m in z0}
+    guided = guidance and any(x.any() for x in dropped.values())  # away from nothing there is nothing to guide
     clean = {m: torch.where(fixed[m], z0[m], 0) for m in z0}
 
     def noise():  # drawn where the generator lives, so that every device sees the same
@@ -453,7 +484,7 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
 
     taus = torch.linspace(schedule.T, 0, steps + 1).round().long().tolist()
     taus = [torch.tensor(tau, device=device) for tau in taus]  # tensors: Python numbers would recompile an XLA graph
-    step, z, z0_prev = SAMPLERS[sampler], noise(), None  # line 1 of Alg. 3 and 4
+    step, z, z0_prev, last = SAMPLERS[sampler], noise(), None, dict.fromkeys(z0)  # line 1 of Alg. 3 and 4
     shown = truth(levels(taus[0]))
     for i in range(steps):
         # DIFFERS FROM PAPER: Alg. 3 and 4 print t = tau I where every entry of the vector equals tau.
@@ -462,12 +493,15 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
         fresh = noise() if sampler == "ddpm" else dict.fromkeys(z0)
         with torch.set_grad_enabled(reconstruct):
             z = {m: z[m].requires_grad_(reconstruct) for m in z0}
-            z0_hat, eps_hat = predict(model, schedule, z, t, z0_prev)
-            if guidance:
-                free = predict(model, schedule, *unconditional(z, t, z0_prev, dropped, noise(), schedule.T))
-                z0_hat, eps_hat = (guide(c, u, guidance) for c, u in zip((z0_hat, eps_hat), free))
+            inputs = z, t, z0_prev
+            if guided:  # both passes in one call of the model
+                free = unconditional(*inputs, dropped, noise(), schedule.T)
+                inputs = [c and {m: torch.cat([c[m], u[m]]) for m in z0} for c, u in zip(inputs, free)]
+            z0_hat, eps_hat = predict(model, schedule, *inputs)
+            if guided:
+                z0_hat, eps_hat = guide(z0_hat, guidance), guide(eps_hat, guidance)
             # [Eq. 4, Eq. 7, Eq. 8, Eq. 10]: one step down, of every element from its own t
-            z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m]) for m in z0}
+            z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m], last[m]) for m in z0}
         shown = truth(t_next)
         if reconstruct:  # [Eq. 9, Eq. 11, Eq. 12]: move the wanted part so that the given part comes out true
             with torch.enable_grad():
@@ -476,7 +510,7 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
             grad = dict(zip(z0, torch.autograd.grad(error, list(z.values()))))
             z_next = {m: z_next[m] - strength * schedule.scales(t_next[m], z[m])[1] * grad[m] for m in z0}
         z0_prev = self_condition(z0_hat, z, t, z_max)
-        z = z_next
+        z, last = z_next, {m: (t[m], z0_hat[m].detach()) for m in z0}
         if on_step:
             on_step(i + 1, steps)
     return pick(fixed, z0, z)

@@ -52,12 +52,16 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("avdit", "beta / s.clamp(min=1e-8) * eps_hat", "beta / a * eps_hat"),
     ("avdit", "torch.where(per_segment(t_next, z) > 0, beta.sqrt() * noise, 0)", "beta.sqrt() * noise"),
     ("avdit", "return clean if monl else", "return clean if False else"),
-    ("avdit", "(1 + s) * cond[m] - s * uncond[m]", "s * cond[m] - (1 + s) * uncond[m]"),
-    ("avdit", "(1 + s) * cond[m] - s * uncond[m]", "s * cond[m] + (1 - s) * uncond[m]"),
+    ("avdit", "(1 + s) * cond - s * uncond", "s * cond - (1 + s) * uncond"),
+    ("avdit", "(1 + s) * cond - s * uncond", "s * cond + (1 - s) * uncond"),
     ("avdit", "torch.where(dropped[m].flatten(1), T, t[m])", "t[m]"),
     ("avdit", "torch.where(dropped[m], 0, z0_prev[m])", "z0_prev[m]"),
     ("avdit", "levels(taus[i]), levels(taus[i + 1])", "levels(taus[i]), levels(taus[min(i + 1, steps - 1)])"),
-    ("avdit", "z0_prev = self_condition(z0_hat, z, t, z_max)\n        z = z_next", "z = z_next"),
+    ("avdit", "        z0_prev = self_condition(z0_hat, z, t, z_max)\n        z, last", "        z, last"),
+    ("avdit", "(after - now) / (now - before) / 2, 0)", "(after - now) / (now - before), 0)"),
+    ("avdit", "eps_hat - a / s.clamp(min=1e-8) * change", "eps_hat"),
+    ("avdit", "ratio = torch.where(t_next > 0, (after - now)", "ratio = torch.where(t_next >= 0, (after - now)"),
+    ("avdit", "inputs = [c and {m: torch.cat([c[m], u[m]])", "inputs = [c and {m: torch.cat([u[m], c[m]])"),
     ("avdit", "return a_next * z0_hat +", "return a_next * z0_hat.clamp(-3, 3) +"),
     ("avdit", "shared = first[:, :1].expand(-1, m.N)", "shared = first[:1, :1].expand(batch, m.N)"),
     ("avdit", "{m: torch.where(dropped[m], noise[m], z[m]) for m in z}, t,",
@@ -73,6 +77,8 @@ HAND = [  # module, what is there, what a tired student makes of it
 # Mutants that no test can kill, because nothing changes: as main() names them -> why.
 EQUIVALENT = {
     "mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat) | 1e-08 -> 2e-08": "s is 0 or at least 0.01",
+    "z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # still z = a z0_hat + s eps_hat | "
+    "1e-08 -> 2e-08": "the same, and change is 0 where s is",
     "loss = total / count.clamp(min=1e-8) | 1e-08 -> 2e-08": "count is 0, and total with it, or at least 0.01",
     "weight = -1.0 | 1.0 -> 2.0": "as little a positive number",
     "starts = (0, *range(1, frames + 1, 4)) | 1 -> 2 (again)": "the same starts for every 1 + 4 k frames",

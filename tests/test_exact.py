@@ -69,26 +69,36 @@ class Oracle:
 
 
 def recursion(mean, cov, steps, sampler):
-    """Mean and covariance after every step of a sampler that has the exact denoiser of N(mean, cov), by the paper.
+    """Mean and covariance after every step of a sampler that has the exact denoiser of N(mean, cov), by the papers.
 
-    Written for the conditional world alone, in which all elements share one t, from N(0, 1).
+    Written for the conditional world alone, in which all elements share one t, from N(0, 1). At z = a mean the
+    predicted noise is zero, so that what moves is X, the deviations from it: of the mean, and of each unit of noise.
     """
     taus = [round(1000 - 1000 * k / steps) for k in range(steps + 1)]
     one = np.eye(len(mean))
-    m, P = np.zeros(len(mean)), one
+    X, extra, last = np.c_[-math.sqrt(AB[1000]) * mean, one], np.zeros_like(one), None
     for t, t2 in pairwise(taus):
-        gain = math.sqrt(1 - AB[t]) * np.linalg.inv(AB[t] * cov + (1 - AB[t]) * one)  # eps_hat = gain (z - a mean)
-        if sampler == "ddim":
-            z0_hat = (one - math.sqrt(1 - AB[t]) * gain) / math.sqrt(AB[t])
-            A, noise = math.sqrt(AB[t2]) * z0_hat + math.sqrt(1 - AB[t2]) * gain, 0
-        else:
+        a, s, a2, s2 = (math.sqrt(x) for x in (AB[t], 1 - AB[t], AB[t2], 1 - AB[t2]))
+        gain = s * np.linalg.inv(AB[t] * cov + (1 - AB[t]) * one)  # eps_hat = gain (z - a mean)
+        z0_hat = (one - s * gain) / a
+        if sampler == "ddpm":
             beta = 1 - AB[t] / AB[t2]
-            A = (one - beta / math.sqrt(1 - AB[t]) * gain) / math.sqrt(1 - beta)
-            noise = beta if t2 else 0
-        # at z = a mean the predicted noise is zero: a step takes the mean to a2 mean and what deviates from it by A
-        m = math.sqrt(AB[t2]) * mean + A @ (m - math.sqrt(AB[t]) * mean)
-        P = A @ P @ A.T + noise * one
-    return m, P
+            A = (one - beta / s * gain) / math.sqrt(1 - beta)
+            X, extra = A @ X, A @ extra @ A.T + (beta if t2 else 0) * one
+        elif sampler == "ddim" or last is None or not t2:
+            X, last = (a2 * z0_hat + s2 * gain) @ X, (t, z0_hat @ X)
+        else:  # Algorithm 2 of the DPM-Solver++ paper, its last step of first order
+            h, r = (
+                half_log_snr(t2) - half_log_snr(t),
+                (half_log_snr(t) - half_log_snr(last[0])) / (half_log_snr(t2) - half_log_snr(t)),
+            )
+            D = (1 + 1 / (2 * r)) * z0_hat @ X - 1 / (2 * r) * last[1]
+            X, last = s2 / s * X - a2 * math.expm1(-h) * D, (t, z0_hat @ X)
+    return mean + X[:, 0], X[:, 1:] @ X[:, 1:].T + extra
+
+
+def half_log_snr(t):
+    return math.log(AB[t] / (1 - AB[t])) / 2
 
 
 def all_masks():
@@ -117,7 +127,8 @@ def probe(oracle, given, monkeypatch, **kwargs):
 
 
 @pytest.mark.parametrize(("sampler", "steps", "alike", "bound"),
-                         [("ddim", 250, 400, 0.03), ("ddpm", 50, 400, 0.1), ("ddpm", 1000, 100, 0.005)])  # fmt: skip
+                         [("ddim", 250, 400, 0.03), ("ddpm", 50, 400, 0.1), ("ddpm", 1000, 100, 0.005),
+                          ("dpmpp_2m", 20, 400, 0.25), ("dpmpp_2m", 50, 400, 0.03)])  # fmt: skip
 def test_samples_have_the_exact_conditional_mean_and_covariance(sampler, steps, alike, bound):
     """15 masks in one batch. The samples against the recursion (sampling error), the recursion against the truth (bias)."""
     oracle, given = Oracle(alike), all_masks()
@@ -148,14 +159,15 @@ def test_samples_have_the_exact_conditional_mean_and_covariance(sampler, steps, 
     assert max(worst) < bound
 
 
-def test_ddim_is_the_exact_linear_map(monkeypatch):
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("dpmpp_2m", 20)])
+def test_generate_is_the_exact_linear_map(sampler, steps, monkeypatch):
     """No sampling error at all: generate()'s own matrix, for 15 masks in one batch, against the recursion's."""
     oracle, given = Oracle(), all_masks()
-    matrix, offset = probe(oracle, given, monkeypatch, steps=50)
+    matrix, offset = probe(oracle, given, monkeypatch, steps=steps, sampler=sampler)
     for held, A, b in zip(per_element(given), matrix, offset):
         assert (A[held] == 0).all() and (A[:, held].abs() < 1e-12).all()  # neither moved nor used as noise
         mean, cov = oracle.conditional(held)
-        m, P = recursion(mean.numpy(), cov.numpy(), 50, "ddim")
+        m, P = recursion(mean.numpy(), cov.numpy(), steps, sampler)
         np.testing.assert_allclose(b[~held], m, atol=1e-5)
         np.testing.assert_allclose((A @ A.T)[~held][:, ~held], P, atol=1e-5)
 
@@ -194,7 +206,7 @@ def test_guidance_extrapolates_between_two_exact_conditionals(drop):
     held = per_element({m: x[None] for m, x in given.items()})[0]
     names = torch.tensor([m.name == "audio" for m in WORLD for _ in range(math.prod(m.shape))])
     dropped = held & {None: torch.ones(SIZE, dtype=torch.bool), "audio": names, "video": ~names}[drop and drop[0]]
-    z = flat(oracle.calls[0])[:, ~held]
+    z = flat(oracle.calls[0])[:4, ~held]  # the half of the call that has the condition
     for tau, tau2 in ((1000, 500), (500, 0)):
         eps = []
         for known in (held, held & ~dropped):
@@ -212,14 +224,15 @@ def test_guidance_extrapolates_between_two_exact_conditionals(drop):
     torch.testing.assert_close(made[:, ~held], z, atol=0.03, rtol=0)
 
 
-def test_guidance_of_zero_is_none():
-    """Bit-identical, and without a second call."""
+@pytest.mark.parametrize(("task", "guidance", "drop"), [("inpaint", 0.0, ["audio"]), ("joint", 2.0, None),
+                                                        ("a2v", 2.0, ["video"])])  # fmt: skip
+def test_guidance_of_zero_or_away_from_nothing_is_none(task, guidance, drop):
+    """Bit-identical to no guidance, and without its second half of the batch."""
     oracle, z0 = Oracle(), unflat(Oracle().clean.expand(3, -1))
-    given = task_mask("inpaint", WORLD)
-    runs = [generate(oracle, SCHEDULE, z0, given, steps=3, generator=torch.Generator().manual_seed(0), **kwargs)
-            for kwargs in ({}, {"guidance": 0.0, "guidance_drop": ["audio"]})]  # fmt: skip
+    runs = [generate(oracle, SCHEDULE, z0, task_mask(task, WORLD), steps=3, generator=torch.Generator().manual_seed(0),
+                     **kwargs) for kwargs in ({}, {"guidance": guidance, "guidance_drop": drop})]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in runs)))
-    assert len(oracle.calls) == 2 * 3
+    assert [len(call["video"]) for call in oracle.calls] == [3] * 6
 
 
 @pytest.mark.parametrize("task", ["a2v", "v2a", "inpaint", "continue"])
@@ -244,22 +257,34 @@ def test_replacement_misses_the_conditional_that_masked_sampling_hits(task, monk
     assert found["replacement"][0] > 0.5 and found["replacement"][1] > 0.25  # sampling alone: 0.03 and 0.1
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
 def test_steps_are_the_papers_to_a_millionth(name):
-    """Every t to t - 1, and 200 random longer steps, element by element in float64."""
+    """Every t to t - 1, and 200 random longer steps, element by element in float64; before each a step as long."""
     g = torch.Generator().manual_seed(0)
     t = torch.cat([torch.arange(1, 1001), torch.randint(2, 1001, (200,), generator=g)])[None]
     t2 = t - 1
     t2[0, 1000:] = (t[0, 1000:] * torch.rand(200, generator=g)).long()
     z, z0_hat, eps, noise = (torch.randn(1, 1200, 1, generator=g, dtype=torch.float64) for _ in range(4))
+    t_last, z0_last = (2 * t - t2).clamp(max=1000), torch.randn(1, 1200, 1, generator=g, dtype=torch.float64)
+    keep = (t_last > t)[0]  # from 1000 there is no step before
     want = []
     for n in range(1200):
-        ab, ab2, e = AB[t[0, n]], AB[t2[0, n]], eps[0, n].item()
-        if name == "ddim":
-            want.append(math.sqrt(ab2) * z0_hat[0, n].item() + math.sqrt(1 - ab2) * e)
-        else:
+        ab, ab2, e, z0, x = AB[t[0, n]], AB[t2[0, n]], eps[0, n].item(), z0_hat[0, n].item(), z[0, n].item()
+        if name == "ddim" or name == "dpmpp_2m" and not t2[0, n]:
+            want.append(math.sqrt(ab2) * z0 + math.sqrt(1 - ab2) * e)
+        elif name == "ddpm":
             alpha = ab / ab2
-            want.append((z[0, n].item() - (1 - alpha) / math.sqrt(1 - ab) * e) / math.sqrt(alpha))
+            want.append((x - (1 - alpha) / math.sqrt(1 - ab) * e) / math.sqrt(alpha))
             want[-1] += math.sqrt(1 - alpha) * noise[0, n].item() if t2[0, n] else 0
-    got = avdit.SAMPLERS[name](SCHEDULE, z, t, t2, z0_hat, eps, noise)[0, :, 0]
-    np.testing.assert_allclose(got.numpy(), want, rtol=1e-6, atol=1e-6)
+        else:
+            h, h_last = (
+                half_log_snr(t2[0, n]) - half_log_snr(t[0, n]),
+                half_log_snr(t[0, n]) - half_log_snr(t_last[0, n]),
+            )
+            D = z0 + h / (2 * h_last) * (z0 - z0_last[0, n].item()) if keep[n] else 0
+            want.append(math.sqrt((1 - ab2) / (1 - ab)) * x - math.sqrt(ab2) * math.expm1(-h) * D)
+    if name == "dpmpp_2m":  # its form here takes for granted that z = a z0_hat + s eps_hat
+        a, s = SCHEDULE.scales(t, z)
+        eps = (z - a * z0_hat) / s
+    got = avdit.SAMPLERS[name](SCHEDULE, z, t, t2, z0_hat, eps, noise, (t_last, z0_last))[0, :, 0]
+    np.testing.assert_allclose(got[keep].numpy(), np.array(want)[keep], rtol=1e-6, atol=1e-6)

@@ -234,18 +234,20 @@ def test_one_mask_for_all_equals_the_same_mask_for_each():
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("drop", [None, ["audio"], ["video", "touch"]])
 def test_guidance_is_eq_16_and_leaks_nothing(drop, sampler):
-    """Two calls a step; the result is (1 + s) cond - s uncond; the second call knows no dropped clean value."""
+    """One call a step, of two halves; the result is (1 + s) cond - s uncond; the second knows nothing dropped."""
     s, spy, noise = 2.5, Spy(), drawn(2, THREE, 2)
     T, ab = 100, np.cumprod([1, *(1 - np.linspace(1e-3, 0.2, 100))])
     z0, given = latents(THREE, 2, 1, torch.float64), masks(THREE, 2, 3)
     got = generate(spy, NoiseSchedule(T, 1e-3, 0.2), z0, given, steps=4, sampler=sampler, guidance=s,
                    guidance_drop=drop, generator=torch.Generator().manual_seed(2))  # fmt: skip
-    states = [call[0] for call in spy.calls[::2]] + [got]
-    assert len(spy.calls) == 8
+    half = lambda call, rows: [x and {m: v[rows] for m, v in x.items()} for x in call]
+    first, second = ([half(call, rows) for call in spy.calls] for rows in (slice(2), slice(2, 4)))
+    states = [call[0] for call in first] + [got]
+    assert [len(call[0]["video"]) for call in spy.calls] == [4] * 4
     next(noise)  # where it starts
     guided = None
     for i in range(4):
-        (z, t, prev), (z_u, t_u, prev_u) = spy.calls[2 * i : 2 * i + 2]
+        (z, t, prev), (z_u, t_u, prev_u) = first[i], second[i]
         tau, tau2 = T - 25 * i, T - 25 * i - 25
         fresh = next(noise) if sampler == "ddpm" else None
         absent = next(noise)
@@ -324,7 +326,7 @@ def test_reconstruction_guidance_moves_by_eqs_9_to_12():
 def test_wrong_arguments_are_named():
     z0, given = latents(TOY, 1), task_mask("joint", TOY)
     for kwargs, message in (
-        ({"sampler": "euler"}, "use ddpm, ddim"),
+        ({"sampler": "euler"}, "use ddpm, ddim, dpmpp_2m"),
         ({"method": "magic"}, "use monl, replacement, reconstruction"),
         ({"steps": 0}, "use 1 to 1000"),
         ({"steps": 1001}, "use 1 to 1000"),
