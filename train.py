@@ -6,14 +6,12 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from avdit import PRESETS, NoiseSchedule, av_modalities, parse_mixture, sample_timesteps, training_loss
@@ -36,6 +34,7 @@ class Config:
     steps: int = flag(None, "optimizer steps (default: the preset's)")
     batch: int = flag(None, "examples a step, over all processes and accumulation (default: the preset's)")
     lr: float = flag(None, "peak learning rate (default: the preset's)")
+    optimizer: str = flag(None, "muon: the blocks' matrices by Muon (default: the preset's)", ("adamw", "muon"))
     prediction: str = flag(None, "what the network regresses (default: the preset's)", ("eps", "v"))
     fps: int = flag(None, "frames a second of a folder's clips (default 8)")
     size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)")
@@ -93,18 +92,13 @@ def precision(name, device):
     else:
         chip = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         native = chip.get("avx512_bf16") or chip.get("amx_bf16")
-    stack = ExitStack()
-    if name == "bf16" or (name == "auto" and native):
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if device.type == "cpu":  # the gradient of its fused bf16 attention takes longer than all the rest of a step
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
+    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16" or (name == "auto" and bool(native)))
 
 
 def complete(config):
     """Check a Config and fill in what the preset and the data decide -> modalities. ValueError says what is wrong."""
     preset = PRESETS[config.preset]
-    for name in ("steps", "batch", "lr", "prediction"):
+    for name in ("steps", "batch", "lr", "optimizer", "prediction"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(preset, name))
     parse_mixture(config.mixture)
@@ -144,6 +138,23 @@ def draw(config, modalities, examples, T, step):
     t = sample_timesteps(config.mixture, modalities, config.batch, T, g)
     eps = {m.name: torch.randn(config.batch, *m.shape, generator=g) for m in modalities}
     return index, t, eps, torch.rand((), generator=g).item() < 0.9  # the paper's self-conditioning rate [App. B]
+
+
+def make_optimizers(config, model, device):
+    """-> {name: optimizer}. AdamW for all parameters [App. B]; or Muon for the blocks' matrices, AdamW for the rest.
+
+    Muon takes 2.5 times the learning rate, and three Newton-Schulz rounds for its five: by trial on the toy world.
+    """
+    rest, matrices = [], []
+    for name, p in model.named_parameters():
+        muon = config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+        (matrices if muon else rest).append(p)
+    fused = device.type in ("cpu", "cuda")
+    optimizers = {"adamw": torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=fused)}
+    if matrices:
+        group = {"params": matrices, "scale": 2.5}
+        optimizers["muon"] = torch.optim.Muon([group], weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw")
+    return optimizers
 
 
 def learning_rate(config, step):
@@ -260,18 +271,17 @@ def train(config, modalities):
     torch.manual_seed(config.seed)
     model = preset.model(modalities, config.prediction).to(device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=fused)
+    optimizers = make_optimizers(config, model, device)
     log = Log(out / "log.csv", modalities, device)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "tokenizers": tokenizers, "log": log}
+    parts = {"model": model, "ema": ema, **optimizers, "tokenizers": tokenizers, "log": log}
     first = restore(config, out / "ckpt.pt", parts)
     log.open(first)
     net = torch.compile(model) if config.compile else model
     for step in range(first, config.steps):
         index, t, eps, self_conditioning = draw(config, modalities, len(latents["video"]), schedule.T, step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.zero_grad()
+        for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+            group["lr"] = learning_rate(config, step) * group.get("scale", 1)
+        model.zero_grad()
         for rows in torch.arange(config.batch).chunk(config.accumulate):
             z0 = {m: z[index[rows]].to(device) for m, z in latents.items()}
             t_rows, eps_rows = ({m: x[rows].to(device) for m, x in xs.items()} for xs in (t, eps))
@@ -283,7 +293,8 @@ def train(config, modalities):
             (loss / config.accumulate).backward()
             log.add(errors, t_rows, schedule.T)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         ema.update_parameters(model)
         done = step + 1
         if done % log.EVERY == 0 or done == config.steps:

@@ -59,7 +59,7 @@ def latents(tmp_path):
 def toy_run(tmp_path_factory):
     """A model that has seen the toy world for about a minute. It serves every test of sampling, and one of learning."""
     folder = tmp_path_factory.mktemp("toy")
-    done = run("train.py", "--steps", 600, cwd=folder)
+    done = run("train.py", "--steps", 400, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs/toy"
 
@@ -91,7 +91,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(call, latents, tmp_path):
     status, out, _ = call(train, *latents, "--resume")
     assert status == 0 and "resuming at step 2" in out
     resumed = checkpoint(tmp_path)
-    for part in ("model", "ema", "optimizer", "tokenizers", "step", "log"):
+    for part in ("model", "ema", "adamw", "muon", "tokenizers", "step", "log"):
         assert equal(resumed[part], whole[part]), part
     assert (tmp_path / "runs/z/log.csv").read_text() == log
 
@@ -127,6 +127,27 @@ def test_samples_come_from_the_average_of_the_trained_weights(call, latents, tmp
         torch.testing.assert_close(states[-1]["ema"]["module." + name], average, atol=1e-6, rtol=1e-5)
         weights = sample.Trained("runs/z", torch.device("cpu")).model.state_dict()
         assert torch.equal(weights[name], states[-1]["ema"]["module." + name])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_at_its_learning_rate(name, call, latents, tmp_path, monkeypatch):
+    rates = []
+    for kind in (torch.optim.AdamW, torch.optim.Muon):
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda self, step=step: (rates.extend(
+            (type(self).__name__, group["lr"]) for group in self.param_groups), step(self))[1])  # fmt: skip
+    assert call(train, *latents, "--optimizer", name)[0] == 0
+    config = train.Config(**checkpoint(tmp_path)["config"])
+    used = {"adamw": {"AdamW": 1}, "muon": {"AdamW": 1, "Muon": 2.5}}[name]
+    peaks = [train.learning_rate(config, step) for step in range(config.steps)]
+    assert rates == [(kind, scale * peak) for peak in peaks for kind, scale in used.items()]
+    model = PRESETS["toy"].model()
+    groups = {k: o.param_groups for k, o in train.make_optimizers(config, model, torch.device("cpu")).items()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    held = {k: {names[id(p)] for group in groups[k] for p in group["params"]} for k in groups}
+    assert sum(map(len, held.values())) == len(names) and set.union(*held.values()) == set(names.values())
+    weights = {"ada.weight", "qkv.weight", "attend.weight", "mlp.0.weight", "mlp.2.weight"}
+    assert held.get("muon", set()) == {f"blocks.{i}.{w}" for i in range(4) for w in weights if name == "muon"}
 
 
 def test_learning_rate_is_app_b():
@@ -183,9 +204,10 @@ def test_log_bins_by_modality_and_noise_level(tmp_path):
     "flags", [("--accumulate", 2), ("--dtype", "bf16"), ("--prediction", "eps"), ("--mixture", "pt+task:v2a")]
 )
 def test_ways_to_train(call, latents, tmp_path, flags):
-    assert call(train, *latents)[0] == 0
+    common = (*latents, "--optimizer", "adamw", "--lr", 2e-3)
+    assert call(train, *common)[0] == 0
     plain = checkpoint(tmp_path)["model"]
-    assert call(train, *latents, *flags)[0] == 0
+    assert call(train, *common, *flags)[0] == 0
     other = checkpoint(tmp_path)["model"]
     distance = torch.cat([(a - b).abs().flatten() for a, b in zip(plain.values(), other.values())])
     if flags[0] == "--accumulate":  # rounding, which AdamW's first steps magnify; half a batch differs by 1.3e-5
