@@ -1,0 +1,357 @@
+"""How fast: our transformer blocks against a DiT's usual ones, LTX-Video's, and the machine's own matrix products.
+
+Everything in one process, contenders in turn, round after round; medians, and ratios within a round. `--help`
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which tells memory, talks
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from avdit import (
+    PRESETS,
+    AVDiT,
+    Block,
+    Modality,
+    NoiseSchedule,
+    av_modalities,
+    generate,
+    sample_timesteps,
+    task_mask,
+    training_loss,
+)
+from train import Config, complete, draw, make_optimizers, open_device, precision
+
+try:
+    from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
+except ImportError:
+    LTXVideoTransformerBlock = None
+
+
+# ---------------------------------------------------------------------------------------
+# Contenders: a stack of layers, called with tokens (B, L, d) and one vector per segment (B, S, d)
+# ---------------------------------------------------------------------------------------
+
+
+class Ours(nn.Module):
+    def __init__(self, dim, depth, heads, modalities):
+        super().__init__()
+        self.modalities, self.blocks = modalities, nn.ModuleList(Block(dim, heads) for _ in range(depth))
+
+    def forward(self, x, c, *_):  # AVDiT calls its blocks with the modalities too
+        for block in self.blocks:
+            x = block(x, c, self.modalities)
+        return x
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero as DiT has it: six vectors, here for every token."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, -1)  # (B, L, d) each
+        h = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = rearrange(self.qkv(h), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        h = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l e -> b l (h e)"))
+        x = x + gate1 * h
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class DiT(nn.Module):
+    def __init__(self, dim, depth, heads, modalities):
+        super().__init__()
+        self.blocks = nn.ModuleList(DiTBlock(dim, heads) for _ in range(depth))
+        self.register_buffer("segment", segment_of_token(modalities))
+
+    def forward(self, x, c, *_):
+        c = c[:, self.segment]  # (B, L, d)
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+class LTX(nn.Module):
+    """LTX-Video's blocks with per-token timesteps: one modulation of six vectors for all layers, and a cross-attention
+    (here to a single token) that ours lacks; RMS norms, also of queries and keys. No rotary embedding."""
+
+    def __init__(self, dim, depth, heads, modalities):
+        super().__init__()
+        self.ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(LTXVideoTransformerBlock(dim, heads, dim // heads, dim) for _ in range(depth))
+        self.register_buffer("segment", segment_of_token(modalities))
+
+    def forward(self, x, c, *_):
+        text, c = c[:, :1], self.ada(c[:, self.segment])
+        for block in self.blocks:
+            x = block(x, text, c)
+        return x
+
+
+def segment_of_token(modalities):
+    """(L,) index of the segment each token belongs to."""
+    return torch.arange(sum(m.N for m in modalities)).repeat_interleave(
+        torch.cat([torch.full((m.N,), m.P) for m in modalities])
+    )
+
+
+# ---------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------
+
+
+def finish(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def rounds(jobs, count, device):
+    """Run {name: function} in turn, `count` times after one to warm up -> {name: [seconds]}."""
+    times = {name: [] for name in jobs}
+    for i in range(count + 1):
+        for name, job in jobs.items():
+            finish(device)
+            start = time.perf_counter()
+            job()
+            finish(device)
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times, name, other):
+    """Median over rounds of one job's time in units of another's."""
+    return statistics.median(a / b for a, b in zip(times[name], times[other]))
+
+
+def peak_memory(job, device):
+    """Bytes by which a job's allocations at their highest exceed those before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        job()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        total += e.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+class Products(TorchDispatchMode):
+    """Writes down every matrix product of what runs inside it, to run them again alone."""
+
+    def __init__(self, found=()):
+        super().__init__()
+        self.list = list(found)
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.list.append([(x.shape, x.stride(), x.dtype, x.device) for x in args[-2:]])
+        return f(*args, **(kwargs or {}))
+
+    def split(self):
+        """-> those of linear layers, those of attention, which come in batches."""
+        return (Products(pair for pair in self.list if len(pair[0][0]) == n) for n in (2, 3))
+
+    @property
+    def flops(self):
+        return sum(2 * a[0].numel() * b[0][-1] for a, b in self.list)
+
+    def replay(self):
+        """-> a job that does these products and nothing else, each operand in a place of its own."""
+        keys = {key for pair in self.list for key in pair}
+        made = {k: torch.empty_strided(*k[:2], dtype=k[2], device=k[3]).normal_() for k in keys}
+
+        def job():
+            for a, b in self.list:
+                torch.matmul(made[a], made[b])
+
+        return job
+
+
+def counted(job):
+    """The products of a job, with attention done by plain matrix products so that its own are among them."""
+    with sdpa_kernel(SDPBackend.MATH), Products() as products:
+        job()
+    return products
+
+
+def report(title, jobs, count, device):
+    """Time jobs, the first of which is ours, in turn with our products alone, and print a line a job."""
+    ours = next(iter(jobs))
+    products = counted(jobs[ours])
+    linear, batched = products.split()
+    times = rounds({**jobs, "linear": linear.replay(), "batched": batched.replay()}, count, device)
+    rate = {k: p.flops / statistics.median(times[k]) / 1e9 for k, p in {ours: products, "linear": linear}.items()}
+    alone = statistics.median((a + b) / c for a, b, c in zip(times["linear"], times["batched"], times[ours]))
+    for name, job in jobs.items():
+        line = f"{title:44} {name:5} {ratio(times, ours, name):6.2f} {peak_memory(job, device) / 2**20:7.0f}"
+        if name == ours:
+            line += f" {products.flops / 1e9:7.1f} {rate[ours]:8.0f} {rate[ours] / rate['linear']:6.2f} {alone:6.2f}"
+        print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------
+# Cases
+# ---------------------------------------------------------------------------------------
+
+
+class Case:
+    """One size of network and data, with the contenders' jobs on it."""
+
+    def __init__(self, preset, modalities, depth, batch, device, dtype, compiled=False):
+        dim, heads = preset.dim, preset.heads
+        self.modalities, self.dim, self.optimizer = modalities, dim, preset.optimizer
+        self.device, self.dtype = device, dtype
+        torch.manual_seed(0)
+        kinds = {"ours": Ours, "DiT": DiT, "LTX": LTX} if LTXVideoTransformerBlock else {"ours": Ours, "DiT": DiT}
+        self.stacks = {k: kind(dim, depth, heads, modalities).to(device) for k, kind in kinds.items()}
+        if compiled:
+            self.stacks = {k: torch.compile(stack) for k, stack in self.stacks.items()}
+        sizes = [sum(m.N * m.P for m in modalities), sum(m.N for m in modalities)]
+        self.x, self.c = (torch.randn(batch, n, dim, device=device, requires_grad=True) for n in sizes)
+        self.grad = torch.randn(batch, sizes[0], dim, device=device)
+        self.z0, self.eps = ({m.name: torch.randn(batch, *m.shape, device=device) for m in modalities} for _ in "ab")
+        self.schedule = NoiseSchedule().to(device)
+        t = sample_timesteps("monl", modalities, batch, self.schedule.T)
+        self.t = {m: x.to(device) for m, x in t.items()}
+
+    def forward(self, stack):
+        def job():
+            with torch.no_grad(), precision(self.dtype, self.device):
+                stack(self.x, self.c)
+
+        return job
+
+    def backward(self, stack):
+        def job():
+            stack.zero_grad()
+            with precision(self.dtype, self.device):
+                out = stack(self.x, self.c)
+            out.backward(self.grad)
+
+        return job
+
+    def model(self, stack):
+        model = AVDiT(self.modalities, self.dim, 0, 1, "v").to(self.device)
+        model.blocks.append(stack)
+        return model
+
+    def training_step(self, stack):
+        model = self.model(stack)
+        optimizers = make_optimizers(Config(optimizer=self.optimizer), model, self.device)
+
+        def job():
+            model.zero_grad()
+            with precision(self.dtype, self.device):
+                loss = training_loss(model, self.schedule, self.z0, self.t, self.eps, self_conditioning=True)
+            loss.backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+
+        return job
+
+    def sampling_step(self, stack):
+        model, given = self.model(stack), task_mask("joint", self.modalities)
+
+        def job():
+            generate(model, self.schedule, self.z0, given, steps=1, sampler="dpmpp_2m")
+
+        return job
+
+    def report(self, title, kind, count):
+        report(title, {k: kind(self, stack) for k, stack in self.stacks.items()}, count, self.device)
+
+
+def growth(toy, count, device, dtype):
+    """How the training of our blocks at toy width grows: time and products, both in units of the first line's."""
+    sizes = {  # batch, segments, tokens of a segment
+        "batch 16, 64 tokens, 16 segments": (16, 16, 4),
+        "batch 1": (1, 16, 4),
+        "batch 4": (4, 16, 4),
+        "batch 64": (64, 16, 4),
+        "tokens x 2": (16, 16, 8),
+        "tokens x 4": (16, 16, 16),
+        "segments x 4, tokens as many": (16, 64, 1),
+    }
+    jobs, flops = {}, {}
+    for name, (batch, segments, tokens) in sizes.items():
+        modality = Modality("all", (tokens,), 8, tuple(range(segments + 1)))
+        case = Case(toy, [modality], toy.depth, batch, device, dtype)
+        jobs[name] = case.backward(case.stacks["ours"])
+        flops[name] = counted(jobs[name]).flops
+    base, times = next(iter(sizes)), rounds(jobs, count, device)
+    print(f"\n{'how cost grows, blocks, training':50} {'time':>6} {'GFLOP':>7}")
+    for name in sizes:
+        print(f"{name:50} {ratio(times, name, base):6.2f} {flops[name] / flops[base]:7.2f}")
+
+
+def data_share(toy, count, device, dtype):
+    """What train.py does for a batch before the network sees it: clips are encoded once, before the first step."""
+    config, case = Config(), Case(toy, toy.modalities, toy.depth, toy.batch, device, dtype)
+    complete(config)
+    latents = {m.name: torch.randn(4096, *m.shape) for m in toy.modalities}
+
+    def batch():
+        index, t, eps, _ = draw(config, toy.modalities, 4096, case.schedule.T, 0)
+        return [x.to(device) for x in (*(z[index] for z in latents.values()), *t.values(), *eps.values())]
+
+    times = rounds({"batch": batch, "step": case.training_step(case.stacks["ours"])}, count, device)
+    print(f"\ndrawing a batch of the toy world: {ratio(times, 'batch', 'step'):.1%} of a training step")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument(
+        "--dtype", default="fp32", choices=("fp32", "bf16"), help="precision of products (default fp32)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the contenders' layers")
+    parser.add_argument("--rounds", type=int, default=11, help="how often each job runs (default 11)")
+    args = parser.parse_args()
+    device, toy, paper = open_device(args.device), PRESETS["toy"], PRESETS["paper"]
+    print(f"torch {torch.__version__}, {device}, {args.dtype}, {torch.get_num_threads()} threads; in this order")
+    print("  time     ours as a share of this contender's: below 1, ours is faster")
+    print("  memory   MiB at the highest, beyond weights and data")
+    print("  GFLOP    of all matrix products, attention's among them, and GFLOP/s")
+    print("  linear   that rate as a share of what the linear layers' products reach when nothing else is done")
+    print("  alone    the time of all products done one by one, as a share of ours (fused attention can beat it)\n")
+    print(f"{'':50} {'time':>6} {'memory':>7} {'GFLOP':>7} {'GFLOP/s':>8} {'linear':>6} {'alone':>6}")
+    rest = device, args.dtype, args.compile
+    case = Case(paper, paper.modalities, 2, 1, *rest)
+    case.report("paper width, blocks, training", Case.backward, args.rounds)
+    case.report("paper width, blocks, forward", Case.forward, args.rounds)
+    case.report("paper width, whole training step", Case.training_step, args.rounds)
+    for tokens, modalities in ((37, toy.modalities), (133, av_modalities(8, (4, 4), 64, 0.04, 64))):
+        case = Case(toy, modalities, toy.depth, toy.batch, *rest)
+        case.report(f"toy width, {tokens} tokens, blocks, training", Case.backward, args.rounds)
+        case.report(f"toy width, {tokens} tokens, training step", Case.training_step, args.rounds)
+        case.report(f"toy width, {tokens} tokens, sampling step", Case.sampling_step, args.rounds)
+    growth(toy, args.rounds, device, args.dtype)
+    data_share(toy, args.rounds, device, args.dtype)
+
+
+if __name__ == "__main__":
+    main()
