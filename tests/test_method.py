@@ -181,9 +181,9 @@ def slow_forward(model, z_t, t, z0_prev):
         freqs = [10000 ** (-k / (d // 2)) for k in range(d // 2)]
         return torch.tensor([math.cos(x * f) for f in freqs] + [math.sin(x * f) for f in freqs], dtype=torch.float64)
 
-    def mlp(net, x):  # GELU in its tanh form
+    def mlp(net, x):  # GELU: x times the normal distribution function
         x = net[0](x)
-        return net[2](0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+        return net[2](0.5 * x * (1 + torch.erf(x / math.sqrt(2))))
 
     def embed(net, x):  # Linear, SiLU, Linear, SiLU
         for linear in net[::2]:
