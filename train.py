@@ -34,7 +34,7 @@ class Config:
     steps: int = flag(None, "optimizer steps (default: the preset's)")
     batch: int = flag(None, "examples a step, over all processes and accumulation (default: the preset's)")
     lr: float = flag(None, "peak learning rate (default: the preset's)")
-    optimizer: str = flag(None, "muon: the blocks' matrices by Muon (default: the preset's)", ("adamw", "muon"))
+    optimizer: str = flag(None, "adamw, or muon for the blocks' matrices (default: the preset's)", ("adamw", "muon"))
     prediction: str = flag(None, "what the network regresses (default: the preset's)", ("eps", "v"))
     fps: int = flag(None, "frames a second of a folder's clips (default 8)")
     size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)")
