@@ -91,7 +91,7 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("s", (1 - alpha_bar).sqrt().float())
         log = alpha_bar.log()  # in two float32 halves: the difference of two, a small step's, would lose its digits
         self.register_buffer("log_alpha_bar", torch.stack([log.float(), (log - log.float()).float()]))
-        self.register_buffer("half_log_snr", ((log - (1 - alpha_bar).log()) / 2).float())  # log(a / s)
+        self.register_buffer("log_snr", (log - (1 - alpha_bar).log()).float())
 
     def scales(self, t, z):
         """(a, s) at t, (B, N_m), shaped to multiply z, (B, N_m, *grid, d_m)."""
@@ -398,13 +398,13 @@ def ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, noise=None, last=None):
 def dpmpp_2m_step(schedule, z, t, t_next, z0_hat, eps_hat, noise=None, last=None):
     """DPM-Solver++(2M) [Lu et al. 2022]: DDIM from the estimate as it should be half a step later.
 
-    `last`, the (t, z0_hat) of the step before or None, tells how it moves: in a straight line over log(a / s), of every
-    element from its own t. The first step, and the one to t = 0, which in log(a / s) never ends, are plain DDIM.
+    `last`, the (t, z0_hat) of the step before or None, tells how it moves: in a straight line over log(a^2 / s^2), of
+    every element from its own t. The first step, and the one to t = 0, which has no end there, are plain DDIM.
     """
     if last:
         t_last, z0_last = last
-        before, now, after = (schedule.half_log_snr[x] for x in (t_last, t, t_next))
-        ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half of this step by the last
+        before, now, after = (schedule.log_snr[x] for x in (t_last, t, t_next))
+        ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half this step, in last steps
         change = per_segment(ratio, z) * (z0_hat - z0_last)
         a, s = schedule.scales(t, z)
         z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # still z = a z0_hat + s eps_hat
