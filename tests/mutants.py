@@ -79,10 +79,6 @@ EQUIVALENT = {
     "mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat) | 1e-08 -> 2e-08": "s is 0 or at least 0.01",
     "z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # still z = a z0_hat + s eps_hat | "
     "1e-08 -> 2e-08": "the same, and change is 0 where s is",
-    **{
-        f'if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < 512: | {change}': "as right, slower"
-        for change in ("q.shape[2] < 512 -> q.shape[2] <= 512", "512 -> 513", "2 -> 3")
-    },
     "loss = total / count.clamp(min=1e-8) | 1e-08 -> 2e-08": "count is 0, and total with it, or at least 0.01",
     "weight = -1.0 | 1.0 -> 2.0": "as little a positive number",
     "starts = (0, *range(1, frames + 1, 4)) | 1 -> 2 (again)": "the same starts for every 1 + 4 k frames",

@@ -222,6 +222,21 @@ def slow_forward(model, z_t, t, z0_prev):
     return result
 
 
+def test_attention_in_bf16_is_float32_where_a_cpu_has_few_tokens(monkeypatch):
+    """For speed; what comes out is attention either way, written out here."""
+    seen, fused = [], torch.nn.functional.scaled_dot_product_attention
+    spy = lambda q, k, v: (seen.append(q.dtype), fused(q, k, v))[1]
+    monkeypatch.setattr(avdit.F, "scaled_dot_product_attention", spy)
+    g = torch.Generator().manual_seed(0)
+    for tokens, dtype in ((511, torch.float32), (512, torch.bfloat16)):
+        q, k, v = torch.randn(3, 1, 2, tokens, 8, generator=g).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = avdit.attention(q, k, v)
+        want = (q.float() @ k.float().mT / math.sqrt(8)).softmax(-1) @ v.float()
+        assert out.dtype == seen[-1] == dtype
+        torch.testing.assert_close(out.float(), want, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
 def test_network_equals_its_slow_form():
     model = randomized(AVDiT(THREE, 16, 2, 2)).double()
     z, prev = (latents(THREE, 2, s, torch.float64) for s in (1, 2))
