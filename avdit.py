@@ -422,13 +422,14 @@ def unconditional(z, t, z0_prev, dropped, noise, T):
     return {m: torch.where(dropped[m], noise[m], z[m]) for m in z}, t, z0_prev
 
 
-def guide(both, s):
+def guide(model, schedule, cond, uncond, s):
     """Classifier-free guidance, on all channels [Eq. 13, Eq. 14, Eq. 16, Eq. 17]; z0 and eps are guided alike.
 
-    both: dict (2 B, N_m, *grid, d_m), with the condition, then without.
+    cond, uncond: the inputs (z, t, z0_prev) of the two passes, which are one call of the model, of twice the batch.
     """
-    halves = {m: x.chunk(2) for m, x in both.items()}
-    return {m: (1 + s) * cond - s * uncond for m, (cond, uncond) in halves.items()}
+    both = [c and {m: torch.cat([c[m], u[m]]) for m in c} for c, u in zip(cond, uncond)]
+    halves = [{m: x.chunk(2) for m, x in out.items()} for out in predict(model, schedule, *both)]
+    return [{m: (1 + s) * c - s * u for m, (c, u) in out.items()} for out in halves]
 
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}
@@ -445,8 +446,7 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
     given          dict of bool (N_m,) or (B, N_m); given segments come back bit-identical
     steps          K: t = round(linspace(T, 0, K + 1)); K = T is Alg. 3
     sampler        "ddim", "ddpm" or "dpmpp_2m", which needs few steps
-    guidance       s of Eq. 16: (1 + s) cond - s uncond, 0 is none (others write w = 1 + s); the two passes are one
-                   call of the model, of twice the batch
+    guidance       s of Eq. 16: (1 + s) cond - s uncond, 0 is none (others write w = 1 + s)
     guidance_drop  names of the modalities whose given part the unconditional pass noises (None: all) [Fig. 11]
     method         "monl" [Sec. 3.3], or what a model without MoNL needs: "replacement", "reconstruction" [App. C.2]
     strength       lambda of reconstruction guidance [Eq. 9]
@@ -494,12 +494,11 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
         with torch.set_grad_enabled(reconstruct):
             z = {m: z[m].requires_grad_(reconstruct) for m in z0}
             inputs = z, t, z0_prev
-            if guided:  # both passes in one call of the model
-                free = unconditional(*inputs, dropped, noise(), schedule.T)
-                inputs = [c and {m: torch.cat([c[m], u[m]]) for m in z0} for c, u in zip(inputs, free)]
-            z0_hat, eps_hat = predict(model, schedule, *inputs)
             if guided:
-                z0_hat, eps_hat = guide(z0_hat, guidance), guide(eps_hat, guidance)
+                free = unconditional(*inputs, dropped, noise(), schedule.T)
+                z0_hat, eps_hat = guide(model, schedule, inputs, free, guidance)
+            else:
+                z0_hat, eps_hat = predict(model, schedule, *inputs)
             # [Eq. 4, Eq. 7, Eq. 8, Eq. 10]: one step down, of every element from its own t
             z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m], last[m]) for m in z0}
         shown = truth(t_next)
