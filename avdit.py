@@ -312,15 +312,23 @@ def predict(model, schedule, z_t, t, z0_prev=None):
     return {m: z0 for m, (z0, _) in pairs.items()}, {m: eps for m, (_, eps) in pairs.items()}
 
 
-def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max=None, noise_power=0.0,
+def loss_weights(schedule, t, noise_power=0.0):
+    """Weight of every segment in the loss, a dict (B, N_m) like t: s^noise_power, and 0 where it is given [Eq. 3].
+
+    A power of 0 is Eq. 6; 1 cares less for the last faint noise and more for what only the other segments can tell.
+    """
+    return {m: torch.where(x > 0, schedule.s[x] ** noise_power, 0) for m, x in t.items()}
+
+
+def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max=None, noise_power=0.0, t_batch=None,
                   return_errors=False):  # fmt: skip
     """Lines 5 to 11 of Alg. 2 [Eq. 6]: mean squared error of the model's output over all elements with t > 0.
 
     z0, eps            dicts (B, N_m, *grid, d_m);  t: dict (B, N_m)
     self_conditioning  first run the model without gradient and feed its estimate; the caller tosses the coin, one a
                        step, true at rate 0.9 [App. B]
-    noise_power        weight every element by s^noise_power: 0 is Eq. 6; 1 cares less for the last faint noise and more
-                       for what only the other segments can tell
+    noise_power        see loss_weights
+    t_batch            where z0 is a part of a batch, the t of all of it: the parts' losses add up to the batch's
     return_errors      also return the mean squared error of every segment, a dict (B, N_m), without gradient
     """
     z_t = {m: schedule.add_noise(z0[m], eps[m], t[m]) for m in z0}
@@ -330,14 +338,13 @@ def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max
             z0_hat, _ = predict(model, schedule, z_t, t)
             z0_prev = self_condition(z0_hat, z_t, t, z_max)
     out = model(z_t, t, z0_prev)
+    weights, all_weights = (loss_weights(schedule, x, noise_power) for x in (t, t_batch or t))
     total, count, errors = 0, 0, {}
     for m in z0:
         square = (out[m] - schedule.target(z0[m], eps[m], t[m], getattr(model, "prediction", "eps"))).square()
-        wanted = per_segment(t[m] > 0, z0[m])  # a given segment, t = 0, is no part of the task [Eq. 3]
-        weight = torch.where(wanted, schedule.scales(t[m], z0[m])[1] ** noise_power, 0)
-        total = total + (weight * square).sum()
-        count = count + weight.expand_as(square).sum()
         errors[m] = square.detach().flatten(2).mean(-1)
+        total = total + (per_segment(weights[m], square) * square).sum()
+        count = count + all_weights[m].sum() * square[0, 0].numel()
     loss = total / count.clamp(min=1e-8)
     return (loss, errors) if return_errors else loss
 

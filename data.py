@@ -154,6 +154,7 @@ class Components(nn.Module):
             torch.manual_seed(0)
             self.mean.copy_(x.mean(0))
             _, scale, basis = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)
+            basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of the two, always the same one
             rotation = torch.linalg.qr(torch.randn(rank, rank))[0]
         root = (scale[:rank] / len(x) ** 0.5).clamp(min=1e-4).sqrt()  # of the components' standard deviations
         std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).std(0)

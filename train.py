@@ -2,26 +2,36 @@
 
 import argparse
 import csv
+import importlib.util
 import math
 import os
+import shlex
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from avdit import PRESETS, NoiseSchedule, av_modalities, parse_mixture, sample_timesteps, training_loss
 from data import FPS, RATE, SIZE, in_chunks, is_latents, load_clips, make_tokenizers, read_latents
 
 
-def flag(default, note, choices=None):
-    """A dataclass field that parse() turns into a command-line flag. [] takes several values."""
+def flag(default, note, choices=None, within=None):
+    """A dataclass field that parse() turns into a command-line flag. [] takes several values; within: (least, most)."""
     start = {"default_factory": list} if default == [] else {"default": default}
-    return field(**start, metadata={"note": note, "choices": choices})
+    return field(**start, metadata={"note": note, "choices": choices, "within": within})
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps", "xla")
+COUNT, SEEDS = (1, 10**9), (0, 2**63 - 1)
 
 
 @dataclass
@@ -31,20 +41,20 @@ class Config:
     data: str = flag("toy", "toy, a folder of clips, or a .npz of latents")
     preset: str = flag("toy", "size of the network and its training settings", tuple(PRESETS))
     mixture: str = flag("monl", "noise levels: monl, vanilla, pm, pt, ptm, task:a2v ..., sums a+b, weights a*2+b")
-    steps: int = flag(None, "optimizer steps (default: the preset's)")
-    batch: int = flag(None, "examples a step, over all processes and accumulation (default: the preset's)")
-    lr: float = flag(None, "peak learning rate (default: the preset's)")
+    steps: int = flag(None, "optimizer steps (default: the preset's)", within=COUNT)
+    batch: int = flag(None, "examples a step, over all processes and accumulation (default: the preset's)", within=(1, 2**16))
+    lr: float = flag(None, "peak learning rate (default: the preset's)", within=(1e-12, 10))
     optimizer: str = flag(None, "adamw, or muon for the blocks' matrices (default: the preset's)", ("adamw", "muon"))
     prediction: str = flag(None, "what the network regresses (default: the preset's)", ("eps", "v"))
-    fps: int = flag(None, "frames a second of a folder's clips (default 8)")
-    size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)")
-    sample_rate: int = flag(None, "samples a second of a folder's sound (default 16000)")
-    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    fps: int = flag(None, "frames a second of a folder's clips (default 8)", within=(1, 240))
+    size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)", within=(16, 1024))
+    sample_rate: int = flag(None, "samples a second of a folder's sound (default 16000)", within=(1000, 192000))
+    device: str = flag("auto", "where to compute", DEVICES)
     dtype: str = flag("auto", "precision of products; auto: bf16 where the chip has it", ("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network (needs a C++ compiler; pays on long runs)")
-    accumulate: int = flag(1, "parts a batch is computed in, to save memory")
-    save_every: int = flag(500, "steps between checkpoints")
-    seed: int = flag(0, "seed of weights and batches")
+    accumulate: int = flag(1, "parts a batch is computed in, to save memory", within=COUNT)
+    save_every: int = flag(500, "steps between checkpoints", within=COUNT)
+    seed: int = flag(0, "seed of weights and batches", within=SEEDS)
     out: str = flag("runs/toy", "folder of ckpt.pt and log.csv")
     resume: bool = flag(False, "continue from the checkpoint in --out, if there is one")
 
@@ -72,27 +82,124 @@ def parse(config_class, about):
         else:
             note += "" if f.default is None else f" (default {f.default})"
             parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata["choices"], help=note)
-    return config_class(**vars(parser.parse_args()))
+    config = config_class(**vars(parser.parse_args()))
+    for f in fields(config_class):
+        value, within = getattr(config, f.name), f.metadata["within"]
+        if within and value is not None and not within[0] <= value <= within[1]:
+            parser.error(f"--{f.name.replace('_', '-')} must be from {within[0]:g} to {within[1]:g}, not {value:g}")
+    return config
+
+
+# ---------------------------------------------------------------------------------------
+# Where a run computes: all that is known here of torch.distributed and torch_xla
+# ---------------------------------------------------------------------------------------
 
 
 def open_device(name):
     """-> torch.device. ValueError names those that are here."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here["xla"] = importlib.util.find_spec("torch_xla") is not None  # after the CPU: auto never takes it
     if name == "auto":
         name = next(k for k in here if here[k])
     if not here[name]:
         raise ValueError(f"no {name} here: use {', '.join(k for k in here if here[k])} or auto")
+    if name == "xla":
+        import torch_xla
+
+        return torch_xla.device()
     return torch.device(name)
+
+
+def end_step(device):
+    """XLA records operations; this runs them, as one program that is compiled when it is new. Others run as they come."""
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()
 
 
 def precision(name, device):
     """-> context manager of a forward pass: bf16 products if asked for, or if "auto" finds that the chip has them."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "xla":
+        from torch_xla import runtime
+
+        native = runtime.device_type() != "CPU"
     else:
         chip = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         native = chip.get("avx512_bf16") or chip.get("amx_bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16" or (name == "auto" and bool(native)))
+
+
+class Machine:
+    """One device; or one of several processes with a device each, started by torchrun, which share every batch and
+    average their gradients; or one process that spreads every batch over all XLA devices (SPMD).
+
+    rank   number of this process; the first one speaks and saves for all
+    world  processes that share a batch
+    parts  into how many equal parts a batch is divided
+    """
+
+    def __init__(self, name):
+        self.rank = int(os.environ.get("RANK", "0"))  # from torchrun
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.mesh = None
+        if name == "xla" and self.world > 1:
+            raise ValueError("--device xla spreads one process over all devices: start it without torchrun")
+        if name == "xla" and importlib.util.find_spec("torch_xla"):
+            from torch_xla import runtime
+            from torch_xla.distributed import spmd
+
+            runtime.use_spmd()  # before the first tensor is on the device
+            devices = runtime.global_runtime_device_count()
+            self.mesh = spmd.Mesh(range(devices), (devices,), ("batch",))
+            self.rank = runtime.process_index()  # of a pod's hosts
+        self.device = open_device(name)
+        self.parts = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
+        if self.world > 1:
+            if self.device.type == "cuda":
+                local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+                if local >= count:
+                    raise ValueError(f"--nproc_per_node is more than the {count} GPUs here")
+                torch.cuda.set_device(local)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def rows(self, batch, accumulate):
+        """The examples of a batch that this process computes, in turn."""
+        mine = self.rank % self.world  # on a pod every host names all examples
+        return [part.chunk(self.world)[mine] for part in torch.arange(batch).chunk(accumulate)]
+
+    def put(self, xs):
+        """Dict of tensors (examples, ...) -> the same on the device; on XLA every device holds its share of the examples."""
+        xs = {m: x.to(self.device) for m, x in xs.items()}
+        if self.mesh:
+            from torch_xla.distributed import spmd
+
+            for x in xs.values():
+                spmd.mark_sharding(x, self.mesh, ("batch", *[None] * (x.ndim - 1)))
+        return xs
+
+    def share(self, model):
+        """The model, called so that processes average their gradients."""
+        if self.world == 1:
+            return model
+        net = DistributedDataParallel(model)
+        net.prediction = model.prediction
+        return net
+
+    def agree(self, tokenizer):
+        """Take the first process's: the same fit elsewhere may differ by rounding, and so by whole directions."""
+        for x in tokenizer.state_dict().values() if self.world > 1 else ():
+            dist.broadcast(x, 0)
+
+    def total(self, x):
+        """Sum x over the processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
 
 
 def complete(config):
@@ -112,13 +219,12 @@ def complete(config):
     for name, value in media.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    for name in ("steps", "batch", "lr", "accumulate", "save_every", "fps", "size", "sample_rate"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
-    if config.batch % config.accumulate:
-        raise ValueError(f"--batch {config.batch} does not divide into --accumulate {config.accumulate} parts")
+    if config.compile and config.device == "xla":
+        raise ValueError("--compile is for other devices: XLA compiles everything")
     if config.size % 16:
         raise ValueError(f"--size {config.size} is not a multiple of 16")
+    if config.sample_rate < 64 * config.fps:
+        raise ValueError(f"--sample-rate {config.sample_rate} is too low for --fps {config.fps}: use 64 times it or more")
     if is_latents(config.data):
         return read_latents(config.data)[1]
     if config.data == "toy":
@@ -128,16 +234,27 @@ def complete(config):
 
 
 def draw(config, modalities, examples, T, step):
-    """Everything random in a step: which examples, their timesteps and noise, the coin of self-conditioning.
+    """What is random in a step but the noise -> index (batch,), t, the coin of self-conditioning.
 
-    A function of (seed, step) alone, for the whole global batch: a resumed run sees the batches it would have seen.
+    A function of (seed, step) alone, for the whole batch: a resumed run, another number of processes and another device
+    see the batches they would have seen.
     """
     word = np.random.SeedSequence([config.seed, step]).generate_state(1)  # torch's generator keeps 32 bits of a seed
     g = torch.Generator().manual_seed(int(word[0]))
     index = torch.randint(examples, (config.batch,), generator=g)
     t = sample_timesteps(config.mixture, modalities, config.batch, T, g)
-    eps = {m.name: torch.randn(config.batch, *m.shape, generator=g) for m in modalities}
-    return index, t, eps, torch.rand((), generator=g).item() < 0.9  # the paper's self-conditioning rate [App. B]
+    return index, t, torch.rand((), generator=g).item() < 0.9  # the paper's self-conditioning rate [App. B]
+
+
+def draw_noise(config, modalities, step, rows):
+    """eps of the batch's examples `rows`, each from (seed, step, its number): nobody draws what others need."""
+    words = np.random.SeedSequence([config.seed, step, 1]).generate_state(config.batch)
+    eps = {m.name: torch.empty(len(rows), *m.shape) for m in modalities}
+    for i, row in enumerate(rows.tolist()):
+        g = torch.Generator().manual_seed(int(words[row]))
+        for m in modalities:
+            torch.randn(m.shape, generator=g, out=eps[m.name][i])
+    return eps
 
 
 def make_optimizers(config, model, device):
@@ -171,24 +288,28 @@ class Log:
 
     EVERY, BINS = 50, 10
 
-    def __init__(self, path, modalities, device):
-        self.path, self.elements = path, torch.tensor([m.P * m.channels for m in modalities])[:, None]
+    def __init__(self, path, modalities, machine):
+        self.path, self.machine = path, machine
+        self.elements = torch.tensor([m.P * m.channels for m in modalities])[:, None]
         bins = [f"{m.name}_t{k * 100 + 1}_{k * 100 + 100}" for m in modalities for k in range(self.BINS)]
         self.header = ["step", "loss", *(m.name for m in modalities), *bins]
-        self.sums = torch.zeros(2, len(modalities), self.BINS, device=device)  # errors, counts
+        self.sums = torch.zeros(2, len(modalities), self.BINS, device=machine.device)  # errors, counts
 
     def state_dict(self):
-        return {"sums": self.sums.cpu()}
+        return {"sums": self.sums}
 
     def load_state_dict(self, state):
         self.sums.copy_(state["sums"])
 
     def open(self, step):
-        """Start log.csv, or drop the lines a resumed run will write again."""
-        rows = [row for row in csv.reader(self.path.open()) if row[0].isdigit() and int(row[0]) <= step] if step else []
-        with self.path.open("w", newline="") as file:
-            csv.writer(file).writerows([self.header, *rows])
+        """Start log.csv, or drop the lines a resumed run will write again, and one that was cut off."""
         self.since = (step, time.monotonic())
+        if self.machine.rank:
+            return
+        rows = csv.reader(self.path.open()) if step and self.path.exists() else []
+        rows = [row for row in rows if len(row) == len(self.header) and row[0].isdigit() and int(row[0]) <= step]
+        with replacing(self.path) as partial, partial.open("w", newline="") as file:
+            csv.writer(file).writerows([self.header, *rows])
 
     def add(self, errors, t, T):
         """errors and t: dicts (B, N_m)."""
@@ -197,14 +318,18 @@ class Log:
             self.sums[0, i] += (share * errors[m][..., None]).sum((0, 1))
             self.sums[1, i] += share.sum((0, 1))
 
-    def check(self, step):
-        if not self.sums.isfinite().all():
-            raise FloatingPointError(f"the loss is not finite at step {step}; the last good checkpoint is kept")
+    def gather(self, step):
+        """Leave the sums over all processes with the first one. FloatingPointError if a loss was not finite."""
+        if not self.machine.total(self.sums).isfinite().all():
+            raise FloatingPointError(f"the loss is not finite at step {step}")
+        if self.machine.world > 1 and self.machine.rank:
+            self.sums.zero_()
 
     def write(self, step, steps):
-        self.check(step)
         errors, counts = self.sums.cpu().clone()  # on a CPU .cpu() is the tensor itself
         self.sums.zero_()
+        if self.machine.rank:
+            return
         loss = (errors * self.elements).sum() / (counts * self.elements).sum()
         values = [loss, *(errors.sum(1) / counts.sum(1)), *(errors / counts).flatten()]
         with self.path.open("a", newline="") as file:
@@ -215,111 +340,190 @@ class Log:
         print(f"\r{line:70}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
+# ---------------------------------------------------------------------------------------
+# Nothing is lost: checkpoints
+# ---------------------------------------------------------------------------------------
+
+FORMAT = 1  # of checkpoints: a change that an older reader would misread adds one
+
+
+@contextmanager
+def replacing(path):
+    """Atomically: write to the path this gives, and `path` has the old content or, at the end, the new."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save(path, state):
-    """Atomically: a run killed while saving keeps its last good checkpoint."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # or the new name may reach the disk before what it names
+
+
+def on_cpu(x):
+    """Nested dicts and lists with every tensor on the CPU, which any machine can load."""
+    if isinstance(x, dict):
+        return {k: on_cpu(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [on_cpu(v) for v in x]
+    return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
 def load(path):
-    """A checkpoint's dict. Nothing in the file is executed. ValueError says what is wrong with it."""
+    """A checkpoint's dict. Nothing in the file is executed. ValueError says what is wrong with it and what to do."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it") from None
     except Exception as why:  # torch.load raises many kinds on a file that is no checkpoint
-        raise ValueError(f"{path} is not a checkpoint that can be read ({type(why).__name__})") from None
-    missing = {"model", "ema", "step", "config", "modalities", "tokenizers"} - set(state)
-    if missing:
-        raise ValueError(f"{path} is no checkpoint of train.py: {', '.join(sorted(missing))} missing")
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is another kind of file, cut short, or holds code, "
+                         f"which is not run ({type(why).__name__}); use another or train again") from None  # fmt: skip
+    if not isinstance(state, dict) or not {"model", "ema", "step", "config", "modalities"} <= set(state):
+        raise ValueError(f"{path} is not a checkpoint of train.py: name the ckpt.pt that it wrote")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}: "
+                         "train again, or use the version that wrote it")  # fmt: skip
     return state
 
 
-def prepare(config, modalities):
+def prepare(config, modalities, machine):
     """Load the clips, fit the tokenizers, encode everything once -> latents, tokenizers."""
     print(f"reading {config.data} ...", flush=True)
     clips = load_clips(config.data, "train", modalities, config.fps, config.size, config.sample_rate)
     tokenizers = make_tokenizers(config.data, modalities, config.size, config.sample_rate)
     for m, tokenizer in tokenizers.items():
         tokenizer.fit(clips[m][:1024])
+        machine.agree(tokenizer)
     return {m: in_chunks(tokenizer.encode, clips[m]) for m, tokenizer in tokenizers.items()}, tokenizers
 
 
-def restore(config, path, parts):
-    """Fill the parts from the checkpoint at `path` -> its step; 0 where --resume finds none."""
-    if not config.resume or not path.exists():
-        if config.resume:
-            print(f"nothing saved in {config.out}: starting fresh")
+def restore(config, path, parts, modalities):
+    """Fill the parts from the checkpoint at `path` -> its step; 0 where there is none."""
+    if not path.exists():
+        print(f"nothing saved in {config.out}: starting fresh")
         return 0
     state = load(path)
     for name, now in asdict(config).items():
         before = state["config"].get(name)
         if before != now and name not in ("resume", "device", "save_every", "out", "compile"):
             raise ValueError(f"--resume: {path} was trained with {name} {before}, not {now}")
+    if state["modalities"] != described(modalities):
+        raise ValueError(f"--resume: {path} was trained on other modalities than {config.data} now has")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     print(f"resuming at step {state['step']}")
     return state["step"]
 
 
+def described(modalities):
+    return [asdict(m) for m in modalities]
+
+
+def keep(path, step, config, modalities, parts, machine):
+    """Write the checkpoint. FloatingPointError if the weights are broken: then the last one stays."""
+    if not all(p.isfinite().all() for p in parts["model"].parameters()):
+        raise FloatingPointError(f"the weights are not finite at step {step}")
+    if not machine.rank:
+        about = {"format": FORMAT, "step": step, "config": asdict(config), "modalities": described(modalities)}
+        save(path, {**on_cpu({name: part.state_dict() for name, part in parts.items()}), **about})
+
+
+@contextmanager
+def signals_noted():
+    """A list that Ctrl-C and SIGTERM add to, in place of stopping at once: the step under way can end and be saved."""
+    noted = []
+    before = {s: signal.signal(s, lambda number, _: noted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
 def train(config, modalities):
-    out = Path(config.out)
+    machine, out, preset = Machine(config.device), Path(config.out), PRESETS[config.preset]
+    device, ckpt = machine.device, out / "ckpt.pt"
+    if config.batch % (config.accumulate * machine.parts):
+        among = f"--accumulate {config.accumulate} parts on {machine.parts} devices"
+        raise ValueError(f"--batch {config.batch} does not divide into {among}")
     out.mkdir(parents=True, exist_ok=True)
-    device = open_device(config.device)
-    preset, schedule = PRESETS[config.preset], NoiseSchedule().to(device)
-    latents, tokenizers = prepare(config, modalities)
+    latents, tokenizers = prepare(config, modalities, machine)
     z_max = {m: tokenizer.z_max.item() for m, tokenizer in tokenizers.items()}
     torch.manual_seed(config.seed)
-    model = preset.model(modalities, config.prediction).to(device)
+    schedule, model = NoiseSchedule().to(device), preset.model(modalities, config.prediction).to(device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
     optimizers = make_optimizers(config, model, device)
-    log = Log(out / "log.csv", modalities, device)
+    log = Log(out / "log.csv", modalities, machine)
     parts = {"model": model, "ema": ema, **optimizers, "tokenizers": tokenizers, "log": log}
-    first = restore(config, out / "ckpt.pt", parts)
+    first = restore(config, ckpt, parts, modalities) if config.resume else 0
+    if machine.total(torch.tensor(first)) != first * machine.world:
+        raise ValueError(f"the processes do not see the same {ckpt}: --out must be a folder that they share")
+    if ckpt.exists() and not config.resume and not machine.rank:
+        ckpt.replace(out / "earlier.pt")
+        print(f"kept an earlier run's checkpoint as {out / 'earlier.pt'}")
     log.open(first)
-    net = torch.compile(model) if config.compile else model
-    for step in range(first, config.steps):
-        index, t, eps, self_conditioning = draw(config, modalities, len(latents["video"]), schedule.T, step)
-        for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
-            group["lr"] = learning_rate(config, step) * group.get("scale", 1)
-        model.zero_grad()
-        for rows in torch.arange(config.batch).chunk(config.accumulate):
-            z0 = {m: z[index[rows]].to(device) for m, z in latents.items()}
-            t_rows, eps_rows = ({m: x[rows].to(device) for m, x in xs.items()} for xs in (t, eps))
-            with precision(config.dtype, device):
-                loss, errors = training_loss(
-                    net, schedule, z0, t_rows, eps_rows, self_conditioning=self_conditioning, z_max=z_max,
-                    noise_power=preset.noise_power, return_errors=True,
-                )  # fmt: skip
-            (loss / config.accumulate).backward()
-            log.add(errors, t_rows, schedule.T)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
-        ema.update_parameters(model)
-        done = step + 1
-        if done % log.EVERY == 0 or done == config.steps:
-            log.write(done, config.steps)
-        if done % config.save_every == 0 or done == config.steps:
-            log.check(done)
-            state = {name: part.state_dict() for name, part in parts.items()}
-            about = {"step": done, "config": asdict(config), "modalities": [asdict(m) for m in modalities]}
-            save(out / "ckpt.pt", {**state, **about})
-    print(f"\ndone: {out / 'ckpt.pt'}")
+    net = machine.share(model)
+    net = torch.compile(net) if config.compile else net
+    with signals_noted() as noted:
+        for step in range(first, config.steps):
+            index, t, self_conditioning = draw(config, modalities, len(latents["video"]), schedule.T, step)
+            t_batch = {m: x.to(device) for m, x in t.items()}
+            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+                group["lr"] = learning_rate(config, step) * group.get("scale", 1)
+            model.zero_grad()
+            for rows in machine.rows(config.batch, config.accumulate):
+                z0 = machine.put({m: z[index[rows]] for m, z in latents.items()})
+                t_rows = machine.put({m: x[rows] for m, x in t.items()})
+                eps = machine.put(draw_noise(config, modalities, step, rows))
+                with precision(config.dtype, device):
+                    loss, errors = training_loss(
+                        net, schedule, z0, t_rows, eps, self_conditioning=self_conditioning, z_max=z_max,
+                        noise_power=preset.noise_power, t_batch=t_batch, return_errors=True,
+                    )  # fmt: skip
+                (loss * machine.world).backward()  # parts' losses add up, but processes average their gradients
+                log.add(errors, t_rows, schedule.T)
+                end_step(device)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers.values():
+                optimizer.step()
+            ema.update_parameters(model)
+            end_step(device)
+            done, last = step + 1, step + 1 == config.steps
+            stop = machine.total(torch.tensor(len(noted))) > 0  # all processes after the same step
+            if done % log.EVERY == 0 or last:
+                log.gather(done)
+                log.write(done, config.steps)
+            if done % config.save_every == 0 or last or stop:
+                log.gather(done)
+                keep(ckpt, done, config, modalities, parts, machine)
+            if stop and not last:
+                raise KeyboardInterrupt
+    print(f"\ndone: {ckpt}")
+    if machine.world > 1:
+        dist.destroy_process_group()
 
 
 def main():
     config = parse(Config, __doc__.split("`")[0])
+    ckpt = Path(config.out) / "ckpt.pt"
     try:
-        modalities = complete(config)
-        train(config, modalities)
+        train(config, complete(config))
     except (ValueError, OSError) as why:
         return fail(why)
     except FloatingPointError as why:
-        print(f"\n{why}", file=sys.stderr)
+        kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "nothing was saved"
+        print(f"\n{why}; {kept}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; --resume continues from {config.out}/ckpt.pt", file=sys.stderr)
+        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
+        print(f"\nstopped; continue with: {command}" if ckpt.exists() else "\nnothing was saved", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":
