@@ -24,7 +24,7 @@ from avdit import Modality
 # The toy world: a ball you can hear. Pitch is height, timbre is colour.
 # ---------------------------------------------------------------------------------------
 
-FPS, RATE, FRAMES, SIZE, SAMPLES = 8, 8000, 17, 32, 17000
+FPS, RATE, FRAMES, SIZE = 8, 8000, 17, 32
 PIXELS = torch.arange(SIZE) / (SIZE - 1)  # where pixel k lies, as a share of the picture
 THIRDS = 2 * math.pi * torch.arange(3) / 3  # the three colour channels on the hue circle
 
@@ -34,23 +34,23 @@ def mirror(q):
     return 1 - (q % 2 - 1).abs()
 
 
-def toy_clips(n, seed):
-    """-> clips, truth: n toy clips; truth {"position": (n, 17, 2) x and y in 0..1, "hue": (n,) in 0..1}."""
+def toy_clips(n, seed, frames=FRAMES):
+    """-> clips, truth: n toy clips; truth {"position": (n, frames, 2) x and y in 0..1, "hue": (n,) in 0..1}."""
     draws = np.random.default_rng(seed).random((n, 6))
-    parts = [render(torch.from_numpy(d)) for d in np.array_split(draws, math.ceil(n / 256))]
+    parts = [render(torch.from_numpy(d), frames) for d in np.array_split(draws, math.ceil(n / 256))]
     return [{k: torch.cat([p[i][k] for p in parts]) for k in parts[0][i]} for i in (0, 1)]
 
 
-def render(draws):
+def render(draws, frames=FRAMES):
     """Six uniform numbers a clip, (n, 6) -> clips, truth."""
     start, velocity, hue, phase = 2 * draws[:, None, :2], 2 * draws[:, None, 2:4] - 1, draws[:, 4:5], draws[:, 5:6]
-    position = mirror(start + velocity * torch.arange(FRAMES)[:, None] / FPS)  # (n, 17, 2)
+    position = mirror(start + velocity * torch.arange(frames)[:, None] / FPS)  # (n, frames, 2)
     x, y = (0.18 + 0.64 * position).float()[..., None, None, :].unbind(-1)
-    distance = ((PIXELS - x) ** 2 + (PIXELS[:, None] - y) ** 2).sqrt()  # (n, 17, 32, 32)
+    distance = ((PIXELS - x) ** 2 + (PIXELS[:, None] - y) ** 2).sqrt()  # (n, frames, 32, 32)
     colour = 0.5 + 0.5 * torch.cos(2 * math.pi * hue + THIRDS).float()  # (n, 3)
     video = torch.sigmoid(30 * (0.16 - distance))[..., None] * colour[:, None, None, None]
-    height = mirror(start[..., 1] + velocity[..., 1] * torch.arange(SAMPLES) / RATE)
-    frequency = 300 * 2 ** (1.5 * (1 - height))  # (n, 17000), Hz
+    height = mirror(start[..., 1] + velocity[..., 1] * torch.arange(frames * RATE // FPS) / RATE)
+    frequency = 300 * 2 ** (1.5 * (1 - height))  # (n, samples), Hz
     turns = F.pad((frequency[:, 1:] + frequency[:, :-1]) / 2 / RATE, (1, 0)).cumsum(1)  # its integral, trapezoidal
     phi, h = 2 * math.pi * (phase + turns), 2 * math.pi * hue
     second, third = (0.3 * (0.5 + 0.5 * f(h)) for f in (torch.cos, torch.sin))
@@ -220,9 +220,9 @@ class SpectrumTokenizer(nn.Module):
         self.register_buffer("window", torch.hann_window(self.size), persistent=False)
         self.register_buffer("z_max", torch.zeros(()))
 
-    def stft(self, sound):  # (n, samples) -> complex (n, HOPS N, lines)
+    def stft(self, sound):  # (n, hops * hop) -> complex (n, hops, lines)
         extra = self.size - self.hop
-        sound = F.pad(sound[:, : self.N * HOPS * self.hop], (extra // 2, extra - extra // 2))
+        sound = F.pad(sound, (extra // 2, extra - extra // 2))
         return torch.fft.rfft(sound.unfold(-1, self.size, self.hop) * self.window)
 
     def istft(self, frames):  # least squares: overlap-add, divided by the sum of squared windows
@@ -246,7 +246,8 @@ class SpectrumTokenizer(nn.Module):
         return self.istft(magnitude * angle)
 
     def features(self, sound):
-        return rearrange(self.stft(sound).abs().sqrt(), "n (k hops) lines -> n k (hops lines)", hops=HOPS)
+        magnitude = self.stft(sound[:, : self.N * HOPS * self.hop]).abs()
+        return rearrange(magnitude.sqrt(), "n (k hops) lines -> n k (hops lines)", hops=HOPS)
 
     def fit(self, sound):
         self.bins.fit(self.features(sound).flatten(0, 1))
@@ -255,7 +256,7 @@ class SpectrumTokenizer(nn.Module):
     def encode(self, sound):
         return self.bins.encode(self.features(sound))
 
-    def decode(self, z):
+    def decode(self, z):  # of any number of segments
         root = rearrange(self.bins.decode(z), "n k (hops lines) -> n (k hops) lines", hops=HOPS)
         return self.griffin_lim(root.clamp(min=0) ** 2).clamp(-1, 1)
 
@@ -288,10 +289,18 @@ class Standardize(nn.Module):
 
 
 def ffmpeg(path, *arguments):
-    """Run imageio's ffmpeg on one file -> (stdout, stderr). The path is an argument of its own, never shell text."""
-    source = ["-i", f"file:{Path(path).absolute()}"]  # "file:": a name with a colon or a leading dash is still a name
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", *source, *arguments]
-    done = subprocess.run(command, capture_output=True, check=False)
+    """Run imageio's ffmpeg on one file -> (stdout, stderr). The path is an argument of its own, never shell text.
+
+    Of a clip the first hour counts; a file that claims more memory or time than a clip needs is refused by ValueError.
+    """
+    if not Path(path).is_file():
+        raise ValueError("there is no such file")
+    source = ["-t", "3600", "-i", f"file:{Path(path).absolute()}"]  # "file:": a colon or dash is part of the name
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", "500000000"]
+    try:
+        done = subprocess.run([*command, *source, *arguments], capture_output=True, check=False, timeout=900)
+    except subprocess.TimeoutExpired:
+        raise ValueError("ffmpeg has not decoded it in 15 minutes") from None
     return done.stdout, done.stderr.decode(errors="replace")
 
 
@@ -371,11 +380,21 @@ def read_latents(path):
     latents, modalities = {}, []
     for name in ("video", "audio"):
         z, edges = arrays[name], arrays[f"{name}_edges"]
-        if z.ndim != (5 if name == "video" else 3) or len(z) != len(arrays["video"]) or len(edges) != z.shape[1] + 1:
+        if z.dtype.kind not in "fiu" or edges.dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {name} and {name}_edges must hold real numbers, not {z.dtype} and {edges.dtype}")
+        if (
+            z.ndim != (5 if name == "video" else 3)
+            or len(z) != len(arrays["video"])
+            or edges.shape != (z.shape[1] + 1,)
+        ):
             raise ValueError(f"{path}: {name} {z.shape} does not fit {name}_edges {edges.shape}, or video's clips")
-        if not (np.isfinite(z).all() and (np.diff(edges) > 0).all()):
+        if len(z) < 2 or not z.size:
+            raise ValueError(f"{path}: {name} {z.shape} is too little: two clips or more, and no axis of length 0")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is named below
+            z, edges = z.astype(np.float32), edges.astype(np.float64)
+        if not (np.isfinite(z).all() and np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
             raise ValueError(f"{path}: {name} holds values that are not finite, or edges that do not rise")
-        latents[name] = torch.from_numpy(z.astype(np.float32))
+        latents[name] = torch.from_numpy(z)
         modalities.append(Modality(name, z.shape[2:-1], z.shape[-1], tuple(edges.tolist())))
     return latents, modalities
 
@@ -389,11 +408,14 @@ def is_latents(data):
     return str(data).endswith(".npz")
 
 
-def load_clips(data, split, modalities, fps, size, sample_rate, count=None):
-    """-> clips of the split "train" (toy: 4096, seed 0) or "held" (toy: 1024, seed 1), the first `count` of them."""
+def load_clips(data, split, modalities, fps, size, sample_rate, count=None, frames=FRAMES):
+    """-> clips of the split "train" (toy: 4096, seed 0) or "held" (toy: 1024, seed 1), the first `count` of them.
+
+    The toy world goes on for as many frames as one likes; other clips last as long as the model's window.
+    """
     if data == "toy":
         full, seed = {"train": (4096, 0), "held": (1024, 1)}[split]
-        clips, _ = toy_clips(full if count is None else min(count, full), seed)
+        clips, _ = toy_clips(full if count is None else min(count, full), seed, frames)
     elif is_latents(data):
         latents, _ = read_latents(data)
         chosen = torch.arange(len(latents["video"])) % 10 == 0

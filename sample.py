@@ -1,5 +1,6 @@
 """Sample a trained AVDiT on every task, see it, hear it, score it [Sec. 3.3, 6.2]. `python sample.py --help`"""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from avdit import (
     span_mask,
     task_mask,
 )
-from train import fail, flag, load, open_device, parse
+from train import COUNT, DEVICES, SEEDS, end_step, fail, flag, load, open_device, parse, reading
 
 
 @dataclass
@@ -35,16 +36,17 @@ class Config:
     task: str = flag("all", "what is given and what is generated", ("all", *TASKS))
     given: list = flag([], "in place of a task: spans that are given, as video:0-0.625 audio:0-2 (seconds)")
     input: str = flag(None, "a clip to take the given part from (default: held-out clips)")
-    n: int = flag(8, "samples of each task; with --score only the first 8 become mp4 and WAV")
+    n: int = flag(8, "samples of each task; with --score only the first 8 become mp4 and WAV", within=(1, 2**16))
     sampler: str = flag(None, "how z steps down (default: the preset's)", tuple(SAMPLERS))
-    steps: int = flag(None, "sampling steps (default: the preset's)")
-    guidance: float = flag(0.0, "s of Eq. 16; 0 is none, others write w = 1 + s")
+    steps: int = flag(None, "sampling steps (default: the preset's)", within=COUNT)
+    guidance: float = flag(0.0, "s of Eq. 16; 0 is none, others write w = 1 + s", within=(-1000, 1000))
     guidance_drop: list = flag([], "modalities whose given part the unconditional pass noises (default: all)")
     method: str = flag("monl", "how the given part is held: for models not trained with MoNL the two others", METHODS)
-    strength: float = flag(0.02, "lambda of reconstruction guidance")
+    strength: float = flag(None, "lambda of reconstruction guidance (default 0.02)", within=(0, 1000))
+    seconds: float = flag(None, "go on to this length, window after window (default: one window)", within=(0.01, 3600))
     score: bool = flag(False, "print a table of scores (toy world only)")
-    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    seed: int = flag(0, "seed of the noise")
+    device: str = flag("auto", "where to compute", DEVICES)
+    seed: int = flag(0, "seed of the noise", within=SEEDS)
     out: str = flag("samples", "folder to write to")
 
 
@@ -53,40 +55,64 @@ class Trained:
 
     def __init__(self, path, device):
         path = Path(path)
-        state = load(path / "ckpt.pt" if path.is_dir() else path)
-        self.settings, self.device = train.Config(**state["config"]), device
-        self.modalities = [Modality(**m) for m in state["modalities"]]
-        self.preset = PRESETS[self.settings.preset]
-        self.model = self.preset.model(self.modalities, self.settings.prediction)
-        weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-        self.model.load_state_dict(weights)
+        path = path / "ckpt.pt" if path.is_dir() else path
+        state, self.device = load(path), device
+        with reading(path):
+            self.settings = train.Config(**state["config"])
+            self.modalities = [Modality(**m) for m in state["modalities"]]
+            self.preset = PRESETS[self.settings.preset]
+            self.model = self.preset.model(self.modalities, self.settings.prediction)
+            weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+            self.model.load_state_dict(weights)
+            self.media = (self.settings.fps, self.settings.size, self.settings.sample_rate)
+            self.tokenizers = data.make_tokenizers(self.settings.data, self.modalities, *self.media[1:])
+            self.tokenizers.load_state_dict(state["tokenizers"])
         self.model.to(device).eval()
         self.schedule = NoiseSchedule().to(device)
-        self.media = (self.settings.fps, self.settings.size, self.settings.sample_rate)
-        self.tokenizers = data.make_tokenizers(self.settings.data, self.modalities, *self.media[1:])
-        self.tokenizers.load_state_dict(state["tokenizers"])
         self.decodes = not data.is_latents(self.settings.data)  # to picture and sound, or only to latents?
 
     def encode(self, clips):
-        return {m: data.in_chunks(t.encode, clips[m]) for m, t in self.tokenizers.items()}
+        return {m: data.in_chunks(self.tokenizers[m].encode, x) for m, x in clips.items()}
 
     def decode(self, z):
         return {m: data.in_chunks(self.tokenizers[m].decode, x) for m, x in z.items()}
 
-    def clips(self, path=None, count=None):
-        """The clips that conditions are cut from: the one at `path`, or held-out ones."""
+    def clips(self, path, count, windows):
+        """The clips that conditions are cut from: the one at `path`, or held-out ones; toy clips last all windows."""
         if path:
             try:
                 return {m: x[:1] for m, x in data.clip_windows(path, self.modalities, *self.media).items()}
             except ValueError as why:
                 raise ValueError(f"--input {path}: {why}") from None
-        return data.load_clips(self.settings.data, "held", self.modalities, *self.media, count)
+        frames = round((self.span + (windows - 1) * self.step) * data.FPS) if windows > 1 else data.FRAMES
+        return data.load_clips(self.settings.data, "held", self.modalities, *self.media, count, frames)
+
+    @property
+    def rates(self):
+        return {"video": self.settings.fps, "audio": self.settings.sample_rate}
 
     def per_frame(self, given):
-        """Masks of segments -> given_video (F,), given_audio (samples,), bool."""
-        rates = {"video": self.settings.fps, "audio": self.settings.sample_rate}
-        repeats = {m.name: torch.tensor(m.edges).diff().mul(rates[m.name]).round().long() for m in self.modalities}
-        return [given[m].repeat_interleave(repeats[m]) for m in rates]
+        """Masks of segments -> masks of frames and of sound samples, {"video": bool (F,), "audio": bool (samples,)}."""
+        repeats = {m.name: torch.tensor(m.edges).diff().mul(self.rates[m.name]).round().long() for m in self.modalities}
+        return {m: given[m].repeat_interleave(repeats[m]) for m in self.rates}
+
+    @property
+    def span(self):
+        """Seconds of a window."""
+        return self.modalities[0].edges[-1]
+
+    @property
+    def step(self):
+        """Seconds from a window to the next, which starts with its last 5 frames."""
+        return self.span - self.modalities[0].edges[2]
+
+    def window(self, clips, k):
+        """The k-th window of longer clips."""
+        return self.cut(clips, k * self.step, k * self.step + self.span) if self.decodes else clips
+
+    def cut(self, clips, start, end):
+        """Seconds start to end of clips."""
+        return {m: x[:, round(start * self.rates[m]) : round(end * self.rates[m])] for m, x in clips.items()}
 
 
 def parse_given(spans, modalities):
@@ -108,27 +134,49 @@ def parse_given(spans, modalities):
     return given
 
 
-def sample(trained, config, given, z0, label):
+def sample(trained, config, given, z0, generator, label):
     """Generate what z0, a dict of (n, ...), is not given -> dict of latents (n, ...). Progress goes to one line."""
-    generator = torch.Generator().manual_seed(config.seed)
     z_max = {m: tokenizer.z_max.item() for m, tokenizer in trained.tokenizers.items()}
     steps = trained.preset.sampling_steps if config.steps is None else config.steps
     parts = []
     for start in range(0, config.n, 64):
 
-        def progress(step, steps, start=start):
-            print(f"\r{label}: samples {start}.. of {config.n}, step {step}/{steps}  ", end="", flush=True)
+        def on_step(step, steps, start=start):
+            end_step(trained.device)
+            if sys.stdout.isatty():
+                print(f"\r{label}: samples {start}.. of {config.n}, step {step}/{steps}  ", end="", flush=True)
 
         z0_part = {m: z[start : start + 64].to(trained.device) for m, z in z0.items()}
         part = generate(
             trained.model, trained.schedule, z0_part, given,
             steps=steps, sampler=config.sampler or trained.preset.sampler, guidance=config.guidance,
-            guidance_drop=config.guidance_drop or None, method=config.method, strength=config.strength, z_max=z_max,
-            generator=generator, on_step=progress if sys.stdout.isatty() else None,
+            guidance_drop=config.guidance_drop or None, method=config.method, z_max=z_max, generator=generator, on_step=on_step,
+            strength=0.02 if config.strength is None else config.strength,
         )  # fmt: skip
         parts.append({m: z.cpu() for m, z in part.items()})
     print("\r" + " " * 60 + "\r" if sys.stdout.isatty() else "", end="")
     return {m: torch.cat([part[m] for part in parts]) for m in parts[0]}
+
+
+def make(trained, config, given, z0, label, windows):
+    """Sample and decode -> clips. Each further window is given the last 5 frames of the one before, and their sound.
+
+    Sound segments are all alike and move over as they are, so sound is decoded once and no seam is heard. So does the
+    last video segment; but the frame before it came from a segment of four, and becomes a segment of its own.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    z = sample(trained, config, given, z0, generator, label)
+    video, sound = [trained.decode({"video": z["video"]})["video"]], [z["audio"]]
+    given = task_mask("continue", trained.modalities)
+    for k in range(1, windows):
+        frames, segments = int(trained.per_frame(given)["video"].sum()), int(given["audio"].sum())
+        z = {m: x.roll(int(given[m].sum()), 1) for m, x in z.items()}
+        still = video[-1][:, -frames, None].expand_as(video[0])
+        z["video"][:, :1] = trained.encode({"video": still})["video"][:, :1]
+        z = sample(trained, config, given, z, generator, f"{label}, window {k + 1} of {windows}")
+        video.append(trained.decode({"video": z["video"]})["video"][:, frames:])
+        sound.append(z["audio"][:, segments:])
+    return {"video": torch.cat(video, 1), **trained.decode({"audio": torch.cat(sound, 1)})}
 
 
 # ---------------------------------------------------------------------------------------
@@ -170,13 +218,18 @@ def write_mp4(path, wav, video, given, fps):
 
 def write_sheet(path, title, video, audio, given, rate, true=None, names=None):
     """One block per sample: its frames in a row over their track, the true frames, its spectrogram over its track."""
+    every = math.ceil(video.shape[1] / 24)  # frame of a long clip
+    video, true = video[:, ::every], None if true is None else true[:, ::every]
     count, frames = video.shape[:2]
     names = names or [f"{i:02}" for i in range(count)]
     edge, margin = max(48, min(64, video.shape[2])), 64 + 6 * max(map(len, names))
     width = edge * frames
 
     def strip(clip):
-        return np.concatenate([np.array(Image.fromarray(f).resize((edge, edge), Image.NEAREST)) for f in clip], 1)
+        row = np.zeros((edge, width, 3), np.uint8)  # the true clip may end before the generated one
+        for k, frame in enumerate(clip):
+            row[:, k * edge : (k + 1) * edge] = np.array(Image.fromarray(frame).resize((edge, edge), Image.NEAREST))
+        return row
 
     blocks, labels, y = [], [], 20
     for i in range(count):
@@ -245,7 +298,7 @@ def score(trained, task, clips, true, given, real, learned):
     real, learned  latents of other real clips and of the training clips
     Scores run over the generated frames and the sound at them, motion and nearest over the whole clip. See the README.
     """
-    seen_given, heard_given = trained.per_frame(given)
+    seen_given, heard_given = trained.per_frame(given).values()
     at_frame = torch.arange(data.FRAMES) * data.RATE // data.FPS
     frames = ~(seen_given & heard_given[at_frame])
     position, hue, radius = data.read_video(clips["video"])
@@ -275,9 +328,31 @@ def score(trained, task, clips, true, given, real, learned):
     return s
 
 
-def table_row(name, s):
-    cells = (f"{float(s[k]):13.3f}" if k in s else f"{'-':>13}" for k in SCORES)
-    return f"{name:12}" + "".join(cells)
+class Scores:
+    """The table of --score, printed row by row; the first one is real clips, encoded and decoded."""
+
+    def __init__(self, trained, config, clips, z_clips):
+        self.trained, self.config, self.z_clips = trained, config, z_clips
+        self.real, self.learned = (trained.encode(data.toy_clips(*which)[0]) for which in ((1024, 2), (4096, 0)))
+        print(f"{config.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
+        print(" " * 12 + "".join(f"{k:>14}" for k in SCORES))
+        nothing = task_mask("joint", trained.modalities)
+        self.row("tokenizer", "tokenizer", trained.decode(z_clips), trained.window(clips, 0), nothing)
+
+    def task(self, task, made, true, given, windows):
+        """The row of a task, or of every window of clips that were continued."""
+        names = [f"{task} {k + 1}" for k in range(windows)] if windows > 1 else [task]
+        for k, name in enumerate(names):
+            self.row(name, task, *(self.trained.window(x, k) for x in (made, true)), given)
+            given = task_mask("continue", self.trained.modalities)
+
+    def row(self, name, task, clips, true, given):
+        s = score(self.trained, task, clips, true, given, self.real, self.learned)
+        if task == "a2v":  # once more, 16 samples of every sound, to see how they spread
+            z0 = {m: z[torch.arange(self.config.n) // 16] for m, z in self.z_clips.items()}
+            s["spread"] = spread(make(self.trained, self.config, given, z0, task, 1)["video"], 16)
+        cells = (f"{float(s[k]):13.3f}" if k in s else f"{'-':>13}" for k in SCORES)
+        print(f"{name:12}" + "".join(cells), flush=True)
 
 
 def main():
@@ -291,22 +366,36 @@ def main():
 
 def check(config, trained):
     """-> the masks to sample, {task: mask}. ValueError where the settings contradict each other or the checkpoint."""
-    if config.n < 1:
-        raise ValueError(f"--n must be at least 1, not {config.n}")
-    if config.score and (trained.settings.data != "toy" or config.n % 16 or config.input or config.given):
-        raise ValueError("--score is for the toy world's own clips and tasks, and wants --n a multiple of 16")
-    if config.input and not trained.decodes:
-        raise ValueError("--input needs latents that can be encoded: this checkpoint was trained on a .npz")
+    toy = trained.settings.data == "toy"
+    mistakes = [
+        (config.given and config.task != "all", "--given and --task each say what is given: use one"),
+        (config.guidance_drop and not config.guidance, "--guidance-drop is for a --guidance other than 0"),
+        (config.strength is not None and config.method != "reconstruction", "--strength is for --method reconstruction"),
+        ((config.input or config.seconds) and not trained.decodes,
+         "--input and --seconds need a tokenizer for clips: this checkpoint was trained on a .npz of latents"),
+        (config.seconds and config.seconds < trained.span, f"--seconds must be {trained.span:g}, one window, or more"),
+        (config.score and (not toy or config.n % 16 or config.input or config.given),
+         "--score is for the toy world's own clips and tasks, and wants --n a multiple of 16"),
+        (config.score and config.seconds and config.task != "continue",
+         "--score with --seconds is for --task continue, where there is one right answer"),
+    ]  # fmt: skip
+    for wrong, message in mistakes:
+        if wrong:
+            raise ValueError(message)
     if config.given:
         return {"custom": parse_given(config.given, trained.modalities)}
-    return {task: task_mask(task, trained.modalities) for task in (TASKS if config.task == "all" else [config.task])}
+    tasks = {task: task_mask(task, trained.modalities) for task in (TASKS if config.task == "all" else [config.task])}
+    if config.input and list(tasks) == ["joint"]:
+        raise ValueError("--input is a clip to be given, but --task joint is given nothing")
+    return tasks
 
 
 def package(trained, made, true, given, order):
     """Everything of one task as numpy arrays, the contents of samples.npz."""
     out = {m: x.numpy() for m, x in made.items()}
     if trained.decodes:
-        out["given_video"], out["given_audio"] = (mask.numpy() for mask in trained.per_frame(given))
+        for m, mask in trained.per_frame(given).items():  # of the first window: what follows is generated
+            out[f"given_{m}"] = np.pad(mask.numpy(), (0, out[m].shape[1]))[: out[m].shape[1]]
         out.update(fps=trained.settings.fps, sample_rate=trained.settings.sample_rate)
     else:  # latents come back as they came in, with their edges
         out.update({f"given_{m}": mask.numpy() for m, mask in given.items()})
@@ -319,28 +408,21 @@ def package(trained, made, true, given, order):
 def run(config):
     trained = Trained(config.ckpt, open_device(config.device))
     tasks = check(config, trained)
+    windows = 1 + math.ceil((config.seconds - trained.span) / trained.step - 1e-6) if config.seconds else 1
     if config.score or any(mask.any() for given in tasks.values() for mask in given.values()):
-        clips = trained.clips(config.input, config.n)
-        z_clips = trained.encode(clips)
+        clips = trained.clips(config.input, config.n, windows)
+        z_clips = trained.encode(trained.window(clips, 0))
     else:  # nothing is given: the latents only carry the shapes
         clips, z_clips = {}, {m.name: torch.zeros(1, *m.shape) for m in trained.modalities}
-    if config.score:
-        real, learned = (trained.encode(data.toy_clips(*which)[0]) for which in ((1024, 2), (4096, 0)))
-        print(f"{config.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
-        print(" " * 12 + "".join(f"{k:>14}" for k in SCORES))
-        nothing = task_mask("joint", trained.modalities)
-        floor = score(trained, "tokenizer", trained.decode(z_clips), clips, nothing, real, learned)
-        print(table_row("tokenizer", floor), flush=True)
+    scores = Scores(trained, config, clips, z_clips) if config.score else None
     for task, given in tasks.items():
         order = torch.arange(config.n) % len(z_clips["video"])
         true = {m: x[order] for m, x in clips.items()}
-        made = trained.decode(sample(trained, config, given, {m: x[order] for m, x in z_clips.items()}, task))
-        if config.score:
-            row = score(trained, task, made, true, given, real, learned)
-            if task == "a2v":  # once more, 16 samples of every sound, to see how they spread
-                z = sample(trained, config, given, {m: x[order // 16] for m, x in z_clips.items()}, task)
-                row["spread"] = spread(trained.decode({"video": z["video"]})["video"], 16)
-            print(table_row(task, row), flush=True)
+        made = make(trained, config, given, {m: x[order] for m, x in z_clips.items()}, task, windows)
+        if scores:
+            scores.task(task, made, true, given, windows)
+        if config.seconds:
+            made, true = (trained.cut(x, 0, config.seconds) for x in (made, true))
         folder = Path(config.out) / task
         folder.mkdir(parents=True, exist_ok=True)
         out = package(trained, made, true, given, order)

@@ -42,7 +42,9 @@ class Config:
     preset: str = flag("toy", "size of the network and its training settings", tuple(PRESETS))
     mixture: str = flag("monl", "noise levels: monl, vanilla, pm, pt, ptm, task:a2v ..., sums a+b, weights a*2+b")
     steps: int = flag(None, "optimizer steps (default: the preset's)", within=COUNT)
-    batch: int = flag(None, "examples a step, over all processes and accumulation (default: the preset's)", within=(1, 2**16))
+    batch: int = flag(
+        None, "examples a step, over all processes and accumulation (default: the preset's)", within=(1, 2**16)
+    )
     lr: float = flag(None, "peak learning rate (default: the preset's)", within=(1e-12, 10))
     optimizer: str = flag(None, "adamw, or muon for the blocks' matrices (default: the preset's)", ("adamw", "muon"))
     prediction: str = flag(None, "what the network regresses (default: the preset's)", ("eps", "v"))
@@ -224,7 +226,9 @@ def complete(config):
     if config.size % 16:
         raise ValueError(f"--size {config.size} is not a multiple of 16")
     if config.sample_rate < 64 * config.fps:
-        raise ValueError(f"--sample-rate {config.sample_rate} is too low for --fps {config.fps}: use 64 times it or more")
+        raise ValueError(
+            f"--sample-rate {config.sample_rate} is too low for --fps {config.fps}: use 64 times it or more"
+        )
     if is_latents(config.data):
         return read_latents(config.data)[1]
     if config.data == "toy":
@@ -374,6 +378,17 @@ def on_cpu(x):
     return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
+@contextmanager
+def reading(path):
+    """Whatever contents of a checkpoint that do not fit make fail becomes one ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError) as why:
+        raise ValueError(
+            f"{path} is damaged or does not fit this version ({why}): use another or train again"
+        ) from None
+
+
 def load(path):
     """A checkpoint's dict. Nothing in the file is executed. ValueError says what is wrong with it and what to do."""
     try:
@@ -408,14 +423,15 @@ def restore(config, path, parts, modalities):
         print(f"nothing saved in {config.out}: starting fresh")
         return 0
     state = load(path)
-    for name, now in asdict(config).items():
-        before = state["config"].get(name)
-        if before != now and name not in ("resume", "device", "save_every", "out", "compile"):
-            raise ValueError(f"--resume: {path} was trained with {name} {before}, not {now}")
-    if state["modalities"] != described(modalities):
-        raise ValueError(f"--resume: {path} was trained on other modalities than {config.data} now has")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    with reading(path):
+        for name, now in asdict(config).items():
+            before = state["config"][name]
+            if before != now and name not in ("resume", "device", "save_every", "out", "compile"):
+                raise ValueError(f"--resume: {path} was trained with {name} {before}, not {now}")
+        if state["modalities"] != described(modalities):
+            raise ValueError(f"--resume: {path} was trained on other modalities than {config.data} has")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     print(f"resuming at step {state['step']}")
     return state["step"]
 
