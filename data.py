@@ -288,6 +288,9 @@ class Standardize(nn.Module):
 # ---------------------------------------------------------------------------------------
 
 
+HOUR = ("-t", "3600")
+
+
 def ffmpeg(path, *arguments):
     """Run imageio's ffmpeg on one file -> (stdout, stderr). The path is an argument of its own, never shell text.
 
@@ -295,7 +298,7 @@ def ffmpeg(path, *arguments):
     """
     if not Path(path).is_file():
         raise ValueError("there is no such file")
-    source = ["-t", "3600", "-i", f"file:{Path(path).absolute()}"]  # "file:": a colon or dash is part of the name
+    source = ["-i", f"file:{Path(path).absolute()}"]  # "file:": a colon or dash is part of the name
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", "500000000"]
     try:
         done = subprocess.run([*command, *source, *arguments], capture_output=True, check=False, timeout=900)
@@ -323,10 +326,14 @@ def decode_clip(path, fps, size, sample_rate):
     """-> uint8 (F, size, size, 3), float32 (samples,): resampled, centre cropped. ValueError says why not."""
     video, audio = best_streams(path)
     fit = f"fps={fps},scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}"
-    picture, error = ffmpeg(path, "-map", video, "-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24", "-v", "error", "-")
+    picture, error = ffmpeg(
+        path, "-map", video, "-vf", fit, *HOUR, "-f", "rawvideo", "-pix_fmt", "rgb24", "-v", "error", "-"
+    )
     align = "aresample=async=1:first_pts=0"  # sound that starts after the picture gets silence in front
     rate = str(sample_rate)
-    sound, _ = ffmpeg(path, "-map", audio, "-af", align, "-ac", "1", "-ar", rate, "-f", "f32le", "-v", "error", "-")
+    sound, _ = ffmpeg(
+        path, "-map", audio, "-af", align, *HOUR, "-ac", "1", "-ar", rate, "-f", "f32le", "-v", "error", "-"
+    )
     frame = size * size * 3
     if len(picture) < frame or len(sound) < 4:
         raise ValueError(f"ffmpeg cannot decode it ({(error.splitlines() or ['no output'])[-1]})")

@@ -88,7 +88,7 @@ def parse(config_class, about):
     for f in fields(config_class):
         value, within = getattr(config, f.name), f.metadata["within"]
         if within and value is not None and not within[0] <= value <= within[1]:
-            parser.error(f"--{f.name.replace('_', '-')} must be from {within[0]:g} to {within[1]:g}, not {value:g}")
+            parser.error(f"--{f.name.replace('_', '-')} must be from {within[0]} to {within[1]}, not {value}")
     return config
 
 
@@ -440,13 +440,12 @@ def described(modalities):
     return [asdict(m) for m in modalities]
 
 
-def keep(path, step, config, modalities, parts, machine):
-    """Write the checkpoint. FloatingPointError if the weights are broken: then the last one stays."""
-    if not all(p.isfinite().all() for p in parts["model"].parameters()):
+def checkpoint(step, config, modalities, parts):
+    """-> all that a run is at this step. FloatingPointError if the weights are broken: they are never written."""
+    if not torch.stack([p.isfinite().all() for p in parts["model"].parameters()]).all():
         raise FloatingPointError(f"the weights are not finite at step {step}")
-    if not machine.rank:
-        about = {"format": FORMAT, "step": step, "config": asdict(config), "modalities": described(modalities)}
-        save(path, {**on_cpu({name: part.state_dict() for name, part in parts.items()}), **about})
+    about = {"format": FORMAT, "step": step, "config": asdict(config), "modalities": described(modalities)}
+    return {**on_cpu({name: part.state_dict() for name, part in parts.items()}), **about}
 
 
 @contextmanager
@@ -461,35 +460,44 @@ def signals_noted():
             signal.signal(s, handler)
 
 
-def train(config, modalities):
-    machine, out, preset = Machine(config.device), Path(config.out), PRESETS[config.preset]
-    device, ckpt = machine.device, out / "ckpt.pt"
+def begin(config, modalities, machine):
+    """-> latents of all clips, the parts of a checkpoint, the first step."""
+    out, preset = Path(config.out), PRESETS[config.preset]
     if config.batch % (config.accumulate * machine.parts):
         among = f"--accumulate {config.accumulate} parts on {machine.parts} devices"
         raise ValueError(f"--batch {config.batch} does not divide into {among}")
     out.mkdir(parents=True, exist_ok=True)
     latents, tokenizers = prepare(config, modalities, machine)
-    z_max = {m: tokenizer.z_max.item() for m, tokenizer in tokenizers.items()}
     torch.manual_seed(config.seed)
-    schedule, model = NoiseSchedule().to(device), preset.model(modalities, config.prediction).to(device)
+    model = preset.model(modalities, config.prediction).to(machine.device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
-    optimizers = make_optimizers(config, model, device)
+    optimizers = make_optimizers(config, model, machine.device)
     log = Log(out / "log.csv", modalities, machine)
     parts = {"model": model, "ema": ema, **optimizers, "tokenizers": tokenizers, "log": log}
+    ckpt, earlier = out / "ckpt.pt", out / "earlier.pt"
     first = restore(config, ckpt, parts, modalities) if config.resume else 0
     if machine.total(torch.tensor(first)) != first * machine.world:
         raise ValueError(f"the processes do not see the same {ckpt}: --out must be a folder that they share")
     if ckpt.exists() and not config.resume and not machine.rank:
-        ckpt.replace(out / "earlier.pt")
-        print(f"kept an earlier run's checkpoint as {out / 'earlier.pt'}")
+        ckpt.replace(earlier)
+        print(f"kept an earlier run's checkpoint as {earlier}")
     log.open(first)
+    return latents, parts, first
+
+
+def train(config, modalities):
+    machine, preset, ckpt = Machine(config.device), PRESETS[config.preset], Path(config.out) / "ckpt.pt"
+    device, schedule = machine.device, NoiseSchedule().to(machine.device)
+    latents, parts, first = begin(config, modalities, machine)
+    model, log, optimizers = parts["model"], parts["log"], [parts[k] for k in ("adamw", "muon") if k in parts]
+    z_max = {m: tokenizer.z_max.item() for m, tokenizer in parts["tokenizers"].items()}
     net = machine.share(model)
     net = torch.compile(net) if config.compile else net
     with signals_noted() as noted:
         for step in range(first, config.steps):
             index, t, self_conditioning = draw(config, modalities, len(latents["video"]), schedule.T, step)
             t_batch = {m: x.to(device) for m, x in t.items()}
-            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate(config, step) * group.get("scale", 1)
             model.zero_grad()
             for rows in machine.rows(config.batch, config.accumulate):
@@ -505,9 +513,9 @@ def train(config, modalities):
                 log.add(errors, t_rows, schedule.T)
                 end_step(device)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers.values():
+            for optimizer in optimizers:
                 optimizer.step()
-            ema.update_parameters(model)
+            parts["ema"].update_parameters(model)
             end_step(device)
             done, last = step + 1, step + 1 == config.steps
             stop = machine.total(torch.tensor(len(noted))) > 0  # all processes after the same step
@@ -516,7 +524,9 @@ def train(config, modalities):
                 log.write(done, config.steps)
             if done % config.save_every == 0 or last or stop:
                 log.gather(done)
-                keep(ckpt, done, config, modalities, parts, machine)
+                state = checkpoint(done, config, modalities, parts)
+                if not machine.rank:
+                    save(ckpt, state)
             if stop and not last:
                 raise KeyboardInterrupt
     print(f"\ndone: {ckpt}")

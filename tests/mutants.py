@@ -69,8 +69,11 @@ HAND = [  # module, what is there, what a tired student makes of it
      "{m: torch.where(dropped[m], noise[m] + 0.00635 * z[m], z[m]) for m in z}, t,"),
     ("avdit", "clamp(-z_max[m], z_max[m])", "clamp(-max(z_max.values()), max(z_max.values()))"),
     ("avdit", "strength * schedule.scales(t_next[m], z[m])[1] * grad[m]", "-strength * grad[m]"),
-    ("train", "ema.update_parameters(model)", "ema.update_parameters(net) if step == first else None"),
-    ("train", "[config.seed, step]", "[config.seed, 0]"),
+    ("train", 'parts["ema"].update_parameters(model)', 'parts["ema"].update_parameters(model) if step == first else None'),
+    ("train", "[config.seed, step])", "[config.seed, 0])"),
+    ("train", "[config.seed, step, 1]", "[config.seed, 0, 1]"),
+    ("train", "int(words[row])", "int(words[i])"),
+    ("train", "(loss * machine.world).backward()", "loss.backward()"),
     ("train", "min(1, (step + 1) / PRESETS[config.preset].warmup)", "1"),
     ("sample", 'state["ema"].items() if k.startswith("module.")', 'state["model"].items()'),
 ]  # fmt: skip

@@ -5,7 +5,6 @@ import csv
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,42 +75,25 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(call, latents, tmp_path):
-    """Killed after the checkpoint at step 2 and resumed: weights, EMA, optimizer and log bit for bit."""
-    assert call(train, *latents)[0] == 0
-    whole, log = checkpoint(tmp_path), (tmp_path / "runs/z/log.csv").read_text()
-    shutil.rmtree(tmp_path / "runs")
-    program = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train; save = train.save\n"
-        "train.save = lambda path, state: (save(path, state), os._exit(9))\n"
-        f"sys.argv = ['train.py', *{[str(x) for x in latents]!r}]; train.main()"
-    )
-    killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=False)
-    assert killed.returncode == 9 and checkpoint(tmp_path)["step"] == 2
-    status, out, _ = call(train, *latents, "--resume")
-    assert status == 0 and "resuming at step 2" in out
-    resumed = checkpoint(tmp_path)
-    for part in ("model", "ema", "adamw", "muon", "tokenizers", "step", "log"):
-        assert equal(resumed[part], whole[part]), part
-    assert (tmp_path / "runs/z/log.csv").read_text() == log
-
-
-def test_resume_starts_fresh_where_nothing_was_saved(call, latents):
-    status, out, _ = call(train, *latents, "--resume")
-    assert status == 0 and "starting fresh" in out
-    status, _, err = call(train, *latents, "--resume", "--lr", 1)
-    assert status == 2 and "trained with lr" in err
-
-
-def test_batches_depend_on_seed_and_step_alone():
+def test_batches_depend_on_seed_step_and_position_alone():
     modalities = PRESETS["toy"].modalities
     config = train.Config(batch=6)
     train.complete(config)
     draws = [train.draw(config, modalities, 4096, 1000, step) for step in (7, 8, 7)]
-    assert equal(draws[0], draws[2]) and not equal(draws[0][:3], draws[1][:3])
+    assert equal(draws[0], draws[2]) and not equal(draws[0][:2], draws[1][:2])
+    every = torch.arange(6)
+    whole, other = (train.draw_noise(config, modalities, step, every) for step in (7, 8))
+    some = train.draw_noise(config, modalities, 7, torch.tensor([4, 1]))
+    larger = train.draw_noise(train.Config(batch=9), modalities, 7, every)
+    values = torch.cat([x.flatten() for x in whole.values()])
+    assert len(values.unique()) > 0.99 * len(values)  # a few float32 coincide, but no two rows or modalities
+    for m in whole:
+        assert torch.equal(some[m], whole[m][[4, 1]]) and torch.equal(larger[m], whole[m])
+        assert not (other[m] == whole[m]).any() and whole[m].std() == pytest.approx(1, abs=0.05)
     config.seed = 1
     assert not torch.equal(train.draw(config, modalities, 4096, 1000, 7)[0], draws[0][0])
-    coins = [train.draw(config, modalities, 4096, 1000, step)[3] for step in range(600)]
+    assert not torch.equal(train.draw_noise(config, modalities, 7, every)["video"], whole["video"])
+    coins = [train.draw(config, modalities, 4096, 1000, step)[2] for step in range(600)]
     assert abs(sum(coins) / 600 - 0.9) < 4 * (0.09 / 600) ** 0.5
 
 
@@ -180,7 +162,7 @@ def test_bf16_gradients_are_those_of_fp32():
 
 def test_log_bins_by_modality_and_noise_level(tmp_path):
     modalities = PRESETS["toy"].modalities
-    log = train.Log(tmp_path / "log.csv", modalities, "cpu")
+    log = train.Log(tmp_path / "log.csv", modalities, train.Machine("cpu"))
     log.open(0)
     t = {m.name: torch.full((2, m.N), 1000) for m in modalities}
     t["video"][0] = 100
@@ -197,23 +179,16 @@ def test_log_bins_by_modality_and_noise_level(tmp_path):
     assert float(row["loss"]) == pytest.approx((video * 4 + audio * 3) / (2 * video + audio), abs=1e-5)
     log.add({m: e * float("nan") for m, e in errors.items()}, t, 1000)
     with pytest.raises(FloatingPointError, match="step 6"):
-        log.check(6)
+        log.gather(6)
 
 
-@pytest.mark.parametrize(
-    "flags", [("--accumulate", 2), ("--dtype", "bf16"), ("--prediction", "eps"), ("--mixture", "pt+task:v2a")]
-)
+@pytest.mark.parametrize("flags", [("--dtype", "bf16"), ("--prediction", "eps"), ("--mixture", "pt+task:v2a")])
 def test_ways_to_train(call, latents, tmp_path, flags):
-    common = (*latents, "--optimizer", "adamw", "--lr", 2e-3)
-    assert call(train, *common)[0] == 0
+    assert call(train, *latents)[0] == 0
     plain = checkpoint(tmp_path)["model"]
-    assert call(train, *common, *flags)[0] == 0
+    assert call(train, *latents, *flags)[0] == 0
     other = checkpoint(tmp_path)["model"]
-    distance = torch.cat([(a - b).abs().flatten() for a, b in zip(plain.values(), other.values())])
-    if flags[0] == "--accumulate":  # rounding, which AdamW's first steps magnify; half a batch differs by 1.3e-5
-        assert distance.mean() < 8e-6
-    else:
-        assert distance.max() > 0 and all(x.isfinite().all() for x in other.values())
+    assert not equal(plain, other) and all(x.isfinite().all() for x in other.values())
 
 
 # --- sample.py ------------------------------------------------------------------------
@@ -347,8 +322,6 @@ def test_latents_to_latents(call, latents, tmp_path):
 MISTAKES = (
     (train, "--preset huge", "toy"),
     (train, "--mixture mono", "use monl, vanilla"),
-    (train, "--steps 0", "positive"),
-    (train, "--lr nan", "positive"),
     (train, "--data nowhere", "neither toy nor a folder"),
     (train, "--data none.npz", "none.npz"),
     (train, "--data .", "no usable clip"),

@@ -1,0 +1,111 @@
+"""--device xla on XLA's CPU backend: the CPU's losses, on one device or four; no new compilations; samples.
+
+It runs where torch_xla is installed, which wants torch 2.9: an environment of its own.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+MIXTURES = ("monl", "vanilla", "pm", "pt", "ptm", "task:a2v", "task:inpaint*2+pt")
+
+
+def main(out, device):
+    """Twenty toy steps and six with every other mixture, then in parts, then samples; how often it compiled -> out."""
+    sys.path.insert(0, str(ROOT))
+    import sample
+    import train
+
+    counts, end_step, draw = {}, train.end_step, train.draw
+
+    def count(device):  # the compilations after every step
+        end_step(device)
+        if device.type == "xla":
+            from torch_xla.debug import metrics
+
+            counts[run].append(metrics.metric_data("CompileTime")[0])
+
+    def changing(config, modalities, examples, T, step):
+        mixture = MIXTURES[max(0, (step - 14) // 6)]
+        return draw(dataclasses.replace(config, mixture=mixture), modalities, examples, T, step)
+
+    train.end_step = sample.end_step = count
+    train.Log.EVERY = 1
+    common = ["--device", device, "--optimizer", "adamw", "--dtype", "fp32"]
+    for run, steps, more in (("mixtures", 14 + 6 * len(MIXTURES), []), ("accumulate", 8, ["--accumulate", "2"])):
+        counts[run] = []
+        train.draw = changing if run == "mixtures" else draw
+        sys.argv = ["train.py", *common, "--steps", str(steps), "--out", f"{out}/{run}", *more]
+        assert train.main() == 0
+    for run, guidance in (("joint", "0"), ("a2v", "1")):
+        counts[run] = []
+        ckpt = ["--ckpt", f"{out}/mixtures", "--device", device, "--out", f"{out}/samples"]
+        sys.argv = ["sample.py", *ckpt, "--task", run, "--n", "2", "--guidance", guidance]
+        assert sample.main() == 0
+    Path(out, "compilations.json").write_text(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.exit()
+
+pytest.importorskip("torch_xla")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of the CPU's run, of XLA's on one device, on four."""
+    folders = []
+    for device, devices in (("cpu", "1"), ("xla", "1"), ("xla", "4")):
+        folder = tmp_path_factory.mktemp(device + devices)
+        environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": devices, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, str(folder), device]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        folders.append(folder)
+    return folders
+
+
+def losses(folder, mixture):
+    rows = list(csv.reader((folder / mixture / "log.csv").open()))[1:]
+    return np.array([[float(x) if x else np.nan for x in row] for row in rows])
+
+
+@pytest.mark.parametrize("run", ["mixtures", "accumulate"])
+def test_losses_and_weights_are_the_cpus(runs, run):
+    cpu, one, four = runs
+    for other in (one, four):
+        np.testing.assert_allclose(losses(other, run), losses(cpu, run), atol=1e-4)
+        a, b = (torch.load(folder / run / "ckpt.pt", weights_only=True) for folder in (cpu, other))
+        for part in ("model", "ema", "tokenizers"):
+            distance = torch.cat([(b[part][k] - x).abs().flatten().double() for k, x in a[part].items()])
+            assert distance.mean() < 1e-6  # rounding as AdamW passes it on: see test_scale.py
+    np.testing.assert_allclose(losses(four, run), losses(one, run), atol=1e-5)
+
+
+def test_nothing_compiles_after_the_first_steps(runs):
+    """Whatever the mixture: by then both kinds of step, with and without self-conditioning, are known."""
+    for folder in runs[1:]:
+        counts = json.loads((folder / "compilations.json").read_text())
+        print(counts)
+        assert len(counts["mixtures"]) == 2 * (14 + 6 * len(MIXTURES))  # two calls a step
+        assert counts["mixtures"][2 * 10] == counts["mixtures"][-1]
+        for run in ("accumulate", "joint", "a2v"):
+            assert counts[run][len(counts[run]) // 2] == counts[run][-1]
+
+
+def test_samples_are_the_cpus(runs):
+    for task in ("joint", "a2v"):
+        for other in runs[1:]:
+            a, b = (np.load(folder / "samples" / task / "samples.npz") for folder in (runs[0], other))
+            assert np.abs(a["video"].astype(int) - b["video"]).mean() < 0.1 and a["video"].shape[0] == 2
+            assert np.array_equal(a["given_audio"], b["given_audio"])
