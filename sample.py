@@ -25,7 +25,7 @@ from avdit import (
     span_mask,
     task_mask,
 )
-from train import COUNT, DEVICES, SEEDS, end_step, fail, flag, load, open_device, parse, reading
+from train import DEVICES, SEEDS, end_step, fail, flag, load, open_device, parse, reading
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Config:
     input: str = flag(None, "a clip to take the given part from (default: held-out clips)")
     n: int = flag(8, "samples of each task; with --score only the first 8 become mp4 and WAV", within=(1, 2**16))
     sampler: str = flag(None, "how z steps down (default: the preset's)", tuple(SAMPLERS))
-    steps: int = flag(None, "sampling steps (default: the preset's)", within=COUNT)
+    steps: int = flag(None, "sampling steps (default: the preset's)", within=(1, 1000))
     guidance: float = flag(0.0, "s of Eq. 16; 0 is none, others write w = 1 + s", within=(-1000, 1000))
     guidance_drop: list = flag([], "modalities whose given part the unconditional pass noises (default: all)")
     method: str = flag("monl", "how the given part is held: for models not trained with MoNL the two others", METHODS)

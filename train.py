@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -392,11 +393,14 @@ def reading(path):
 def load(path):
     """A checkpoint's dict. Nothing in the file is executed. ValueError says what is wrong with it and what to do."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it") from None
     except Exception as why:  # torch.load raises many kinds on a file that is no checkpoint
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is another kind of file, cut short, or holds code, "
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is another kind of file, damaged, or holds code, "
                          f"which is not run ({type(why).__name__}); use another or train again") from None  # fmt: skip
     if not isinstance(state, dict) or not {"model", "ema", "step", "config", "modalities"} <= set(state):
         raise ValueError(f"{path} is not a checkpoint of train.py: name the ckpt.pt that it wrote")

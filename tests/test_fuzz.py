@@ -13,7 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from test_data import FOLDER, latents_file
-from test_scripts import call, equal  # noqa: F401: call is a fixture
+from test_scripts import equal
 
 import data
 import sample
@@ -131,7 +131,7 @@ def test_damaged_clips_are_used_or_skipped(tmp_path, capfd):
     assert len(skipped) == len(rest) - len(held)
 
 
-def test_scripts_refuse_damaged_clips(call, tmp_path):  # noqa: F811
+def test_scripts_refuse_damaged_clips(call, tmp_path):
     """Names and damage reach the scripts too: one line, status 2 and no output, or a result."""
     rng, folder = random.Random(1), tmp_path / "clips"
     folder.mkdir()
@@ -169,7 +169,7 @@ def huge_header(shape):
     return file.getvalue() + bytes(100)
 
 
-def test_damaged_latents_are_refused_in_one_line(call, tmp_path):  # noqa: F811
+def test_damaged_latents_are_refused_in_one_line(call, tmp_path):
     rng, path, good = random.Random(2), tmp_path / "x.npz", Path(latents_file(tmp_path / "good.npz"))
     video, audio = np.zeros((12, 3, 2, 2, 4)), np.zeros((12, 6, 5))
     wrong = [
@@ -222,7 +222,7 @@ def test_damaged_latents_are_refused_in_one_line(call, tmp_path):  # noqa: F811
     assert fine < len(contents) / 3
 
 
-def test_damaged_checkpoints_are_refused_in_one_line(call, tmp_path):  # noqa: F811
+def test_damaged_checkpoints_are_refused_in_one_line(call, tmp_path):
     """Flipped bits are noticed by the file's checksums, whatever they hit."""
     latents_file(tmp_path / "z.npz")
     flags = ("--data", "z.npz", "--out", "o", "--steps", 1, "--batch", 2)

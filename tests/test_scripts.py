@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_data import CLIPS, latents_file, make_clip
+from test_data import CLIPS, make_clip
 
 import data
 import sample
@@ -28,30 +28,6 @@ def run(script, *arguments, cwd):
     """The script as a process of its own, as a user starts it."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """The same in this process, which spares the start-up: -> exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            status = script.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status or 0, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def latents(tmp_path):
-    """Arguments of a four-step run on a small file of latents."""
-    latents_file(tmp_path / "z.npz")
-    return ("--data", "z.npz", "--out", "runs/z", "--steps", 4, "--batch", 4, "--save-every", 2, "--dtype", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +302,9 @@ MISTAKES = (
     (train, "--data none.npz", "none.npz"),
     (train, "--data .", "no usable clip"),
     (train, "--size 64", "for a folder"),
+    (train, "--data . --size 72", "multiple of 16"),
+    (train, "--data . --fps 240 --sample-rate 8000", "too low for --fps 240"),
+    (train, "--compile --device xla", "for other devices"),
     (train, "--batch 4 --accumulate 3", "does not divide"),
     (train, "--stpes 3", "unrecognized"),
     (sample, "--ckpt nowhere", "nowhere"),
@@ -334,12 +313,16 @@ MISTAKES = (
     (sample, "--ckpt CKPT --given smell:0-1", "use video, audio"),
     (sample, "--ckpt CKPT --given video:zero", "MODALITY:START-END"),
     (sample, "--ckpt CKPT --given video:0-0.01", "no whole segment"),
-    (sample, "--ckpt CKPT --steps 1001", "use 1 to 1000"),
-    (sample, "--ckpt CKPT --steps 0", "use 1 to 1000"),
-    (sample, "--ckpt CKPT --n 0", "at least 1"),
     (sample, "--ckpt CKPT --score --n 5", "multiple of 16"),
     (sample, "--ckpt CKPT --guidance 1 --method replacement", "use method monl"),
-    (sample, "--ckpt CKPT --guidance-drop smell", "use video, audio"),
+    (sample, "--ckpt CKPT --guidance-drop smell --guidance 1", "use video, audio"),
+    (sample, "--ckpt CKPT --guidance-drop audio", "other than 0"),
+    (sample, "--ckpt CKPT --strength 1", "for --method reconstruction"),
+    (sample, "--ckpt CKPT --given video:0-1 --task joint", "use one"),
+    (sample, "--ckpt CKPT --task joint --input a.mp4", "given nothing"),
+    (sample, "--ckpt CKPT --seconds 2", "must be 2.125"),
+    (sample, "--ckpt CKPT --seconds 9 --score --n 16", "for --task continue"),
+    (sample, "--ckpt CKPT --score --n 16 --input a.mp4", "the toy world's own"),
     (sample, "--ckpt CKPT --input nowhere.mp4", "nowhere.mp4"),
 )
 

@@ -96,9 +96,9 @@ def test_nothing_compiles_after_the_first_steps(runs):
     """Whatever the mixture: by then both kinds of step, with and without self-conditioning, are known."""
     for folder in runs[1:]:
         counts = json.loads((folder / "compilations.json").read_text())
-        print(counts)
         assert len(counts["mixtures"]) == 2 * (14 + 6 * len(MIXTURES))  # two calls a step
-        assert counts["mixtures"][2 * 10] == counts["mixtures"][-1]
+        # In the last step 1 - learning rate x weight decay rounds to 1, which XLA takes as a constant.
+        assert counts["mixtures"][2 * 10] == counts["mixtures"][-2] >= counts["mixtures"][-1] - 1
         for run in ("accumulate", "joint", "a2v"):
             assert counts[run][len(counts[run]) // 2] == counts[run][-1]
 
