@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,7 @@ from avdit import (
     task_mask,
     training_loss,
 )
-from train import Config, complete, draw, make_optimizers, open_device, precision
+from train import Config, complete, draw, draw_noise, make_optimizers, open_device, precision
 
 try:
     from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
@@ -315,11 +316,41 @@ def data_share(toy, count, device, dtype):
     latents = {m.name: torch.randn(4096, *m.shape) for m in toy.modalities}
 
     def batch():
-        index, t, eps, _ = draw(config, toy.modalities, 4096, case.schedule.T, 0)
+        index, t, _ = draw(config, toy.modalities, 4096, case.schedule.T, 0)
+        eps = draw_noise(config, toy.modalities, 0, torch.arange(config.batch))
         return [x.to(device) for x in (*(z[index] for z in latents.values()), *t.values(), *eps.values())]
 
     times = rounds({"batch": batch, "step": case.training_step(case.stacks["ours"])}, count, device)
     print(f"\ndrawing a batch of the toy world: {ratio(times, 'batch', 'step'):.1%} of a training step")
+
+
+def paper_step(preset, device, dtype):
+    """The paper preset's training step as train.py does it: memory by batch size, products, what App. B's run takes."""
+    model, schedule = preset.model().to(device), NoiseSchedule().to(device)
+    ema, optimizer = AveragedModel(model), make_optimizers(Config(optimizer="adamw"), model, device)["adamw"]
+    kept = 5 * sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )  # they, their average, gradients, Adam's two
+    print(f"\npaper preset, training step: GiB of weights, their average, gradients, AdamW: {kept / 2**30:.1f}")
+
+    def step(batch):
+        def job():
+            z0, eps = ({m.name: torch.randn(batch, *m.shape, device=device) for m in preset.modalities} for _ in "ab")
+            t = {m: x.to(device) for m, x in sample_timesteps("monl", preset.modalities, batch, schedule.T).items()}
+            with precision(dtype, device):
+                loss = training_loss(model, schedule, z0, t, eps, self_conditioning=True)
+            loss.backward()
+            optimizer.step()
+            ema.update_parameters(model)
+
+        return job
+
+    flops = counted(step(1)).flops  # after this, all that is kept is there
+    for batch in (1, 2, 4):
+        print(f"  batch {batch}: {peak_memory(step(batch), device) / 2**30:.1f} more", flush=True)
+    total = flops * 3.9 / 4 * preset.batch * preset.steps  # 3 or, at a rate of 0.9, 4 passes forward or like it
+    print(f"{flops / 1e12:.2f} TFLOP an example; {preset.steps} steps of batch {preset.batch}: {total / 1e18:.0f} EFLOP, "
+          f"{total / 1e14 / 86400:.0f} days at 100 TFLOP/s")  # fmt: skip
 
 
 def main():
@@ -329,10 +360,14 @@ def main():
         "--dtype", default="fp32", choices=("fp32", "bf16"), help="precision of products (default fp32)"
     )
     parser.add_argument("--compile", action="store_true", help="compile the contenders' layers")
+    parser.add_argument("--paper", action="store_true", help="memory and products of the paper preset, nothing else")
     parser.add_argument("--rounds", type=int, default=11, help="how often each job runs (default 11)")
     args = parser.parse_args()
     device, toy, paper = open_device(args.device), PRESETS["toy"], PRESETS["paper"]
-    print(f"torch {torch.__version__}, {device}, {args.dtype}, {torch.get_num_threads()} threads; in this order")
+    print(f"torch {torch.__version__}, {device}, {args.dtype}, {torch.get_num_threads()} threads")
+    if args.paper:
+        return paper_step(paper, device, args.dtype)
+    print("in this order")
     print("  time     ours as a share of this contender's: below 1, ours is faster")
     print("  memory   MiB at the highest, beyond weights and data")
     print("  GFLOP    of all matrix products, attention's among them, and GFLOP/s")

@@ -264,6 +264,52 @@ def test_frechet_distance():
     assert sample.frechet(a, b) == pytest.approx(64 * (1 + (2 - 1) ** 2), rel=0.02)
 
 
+# --- Window after window ---------------------------------------------------------------
+
+
+def test_a_long_clip_is_windows_that_share_five_frames(call, toy_run, tmp_path, monkeypatch):
+    windows, sounds, draw = [], [], sample.sample
+    monkeypatch.setattr(sample, "sample", lambda *args: (windows.append((args, draw(*args))), windows[-1][1])[1])
+    decode = data.SpectrumTokenizer.decode
+    monkeypatch.setattr(data.SpectrumTokenizer, "decode", lambda self, z: (sounds.append(z), decode(self, z))[1])
+    arguments = ("--task", "continue", "--n", 2, "--steps", 3, "--seconds", 5.5, "--seed", 3)
+    status, _, err = call(sample, "--ckpt", toy_run, *arguments)
+    assert status == 0, err
+    out = np.load(tmp_path / "samples/continue/samples.npz")
+    assert out["video"].shape == (2, 44, 32, 32, 3) and out["audio"].shape == (2, 44000)
+    assert out["given_video"].tolist() == [True] * 5 + [False] * 39 and out["given_audio"].sum() == 5000
+    assert len(imageio.v3.imread(tmp_path / "samples/continue/00.mp4")) == 44
+    assert len(windows) == 4  # 2.125 s, and 1.5 s with each of three more
+    trained, latents = sample.Trained(toy_run, torch.device("cpu")), [z for _, z in windows]
+    pictures = [trained.decode({"video": z["video"]})["video"] for z in latents]
+    for before, shown, (_, after) in zip(latents, pictures, windows[1:]):
+        assert torch.equal(after["audio"][:, :5], before["audio"][:, 12:])
+        assert torch.equal(after["video"][:, 1], before["video"][:, 4])
+        still = shown[:, 12:13].expand(-1, 17, -1, -1, -1)  # a frame of segment 3, alone in segment 0 now
+        assert torch.equal(after["video"][:, 0], trained.encode({"video": still})["video"][:, 0])
+        assert not torch.equal(after["audio"][:, 5:], before["audio"][:, 5:])  # fresh noise
+    joined = torch.cat([pictures[0], *(picture[:, 5:] for picture in pictures[1:])], 1)
+    assert np.array_equal(out["video"], joined[:, :44].numpy())
+    assert len(sounds) == 1  # decoded once
+    assert torch.equal(sounds[0], torch.cat([latents[0]["audio"], *(z["audio"][:, 5:] for z in latents[1:])], 1))
+    held, _ = data.toy_clips(2, 1, frames=44)
+    assert np.array_equal(out["video_true"], held["video"].numpy())  # the toy world goes on
+    assert torch.equal(held["audio"][:, :17000], data.toy_clips(2, 1)[0]["audio"])
+
+
+def test_scores_by_window(call, toy_run, monkeypatch):
+    """A window is scored against the true clip at its own time: if the true clips are made, nothing is wrong."""
+    truth = data.toy_clips(16, 1, frames=41)[0]
+    monkeypatch.setattr(sample, "make", lambda *args: truth)
+    status, out, err = call(sample, "--ckpt", toy_run, "--task", "continue", "--n", 16, "--score", "--seconds", 5)
+    assert status == 0, err
+    header, _, *rows = [line.split() for line in out.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["continue", "1"], ["continue", "2"], ["continue", "3"]]
+    for row in rows:
+        scores = dict(zip(header, row[2:]))
+        assert float(scores["path"]) == 0 and float(scores["hue"]) == 0 and float(scores["align"]) < 0.02
+
+
 # --- Other data -----------------------------------------------------------------------
 
 
@@ -288,8 +334,9 @@ def test_latents_to_latents(call, latents, tmp_path):
     out = np.load(tmp_path / "samples/continue/samples.npz")
     assert out["video"].shape == (2, 3, 2, 2, 4) and out["video_edges"].tolist() == [0, 0.1, 0.5, 0.9]
     np.testing.assert_allclose(out["video"][:, :2], out["video_true"][:, :2], atol=1e-4)  # in the file's own scale
-    status, _, err = call(sample, "--ckpt", "runs/z", "--input", "clip.mp4")
-    assert status == 2 and "trained on a .npz" in err
+    for flags in (("--input", "clip.mp4"), ("--seconds", 9)):
+        status, _, err = call(sample, "--ckpt", "runs/z", *flags)
+        assert status == 2 and "trained on a .npz" in err
 
 
 # --- Mistakes -------------------------------------------------------------------------
