@@ -214,15 +214,13 @@ class SpectrumTokenizer(nn.Module):
     def __init__(self, modality, sample_rate):
         super().__init__()
         self.N = modality.N
-        self.hop = round((modality.edges[1] - modality.edges[0]) * sample_rate) // HOPS
+        self.hop = int((modality.edges[1] - modality.edges[0]) * sample_rate + 1e-6) // HOPS
         self.size = 2 ** round(math.log2(2 * self.hop))
         self.bins = Components(HOPS * (self.size // 2 + 1), modality.channels)
         self.register_buffer("window", torch.hann_window(self.size), persistent=False)
         self.register_buffer("z_max", torch.zeros(()))
 
-    def stft(self, sound):  # (n, hops * hop) -> complex (n, hops, lines)
-        extra = self.size - self.hop
-        sound = F.pad(sound, (extra // 2, extra - extra // 2))
+    def stft(self, sound):  # (n, (hops - 1) * hop + size) -> complex (n, hops, lines)
         return torch.fft.rfft(sound.unfold(-1, self.size, self.hop) * self.window)
 
     def istft(self, frames):  # least squares: overlap-add, divided by the sum of squared windows
@@ -231,9 +229,7 @@ class SpectrumTokenizer(nn.Module):
             return F.fold(x.mT, (1, length), (1, self.size), stride=(1, self.hop)).flatten(1)
 
         sound = overlap(torch.fft.irfft(frames, self.size) * self.window)
-        weight = overlap((self.window**2).expand(1, frames.shape[1], -1))
-        edge = (self.size - self.hop) // 2
-        return (sound / weight.clamp(min=1e-8))[:, edge : edge + frames.shape[1] * self.hop]
+        return sound / overlap((self.window**2).expand(1, frames.shape[1], -1)).clamp(min=1e-8)
 
     def griffin_lim(self, magnitude, rounds=60, momentum=0.99):
         seed = torch.Generator().manual_seed(0)  # the same first guess for every clip, so that batches do not matter
@@ -243,10 +239,15 @@ class SpectrumTokenizer(nn.Module):
             now = self.stft(self.istft(magnitude * angle))
             angle, before = now - before * momentum / (1 + momentum), now
             angle = angle / angle.abs().clamp(min=1e-8)
-        return self.istft(magnitude * angle)
+        before = (self.size - self.hop) // 2
+        return self.istft(magnitude * angle)[:, before : before + magnitude.shape[1] * self.hop]
 
     def features(self, sound):
-        magnitude = self.stft(sound[:, : self.N * HOPS * self.hop]).abs()
+        # A window that reached into the silence beyond the clip would hear a click: it is moved inside.
+        start = torch.arange(self.N * HOPS) * self.hop - (self.size - self.hop) // 2
+        start = start.clamp(0, self.N * HOPS * self.hop - self.size)
+        frames = sound[:, start[:, None] + torch.arange(self.size)]  # (n, hops, size)
+        magnitude = torch.fft.rfft(frames * self.window).abs()
         return rearrange(magnitude.sqrt(), "n (k hops) lines -> n k (hops lines)", hops=HOPS)
 
     def fit(self, sound):

@@ -25,7 +25,7 @@ from avdit import (
     span_mask,
     task_mask,
 )
-from train import DEVICES, SEEDS, end_step, fail, flag, load, open_device, parse, reading
+from train import DEVICES, SEEDS, end_step, fail, flag, load, open_device, out_of_memory, parse, reading
 
 
 @dataclass
@@ -361,6 +361,8 @@ def main():
         run(config)
     except (ValueError, OSError) as why:
         return fail(why)
+    except (MemoryError, RuntimeError) as why:
+        return out_of_memory(why, "use a smaller --n or fewer --seconds")
     return 0
 
 

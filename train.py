@@ -73,6 +73,13 @@ def fail(message):
     return 2
 
 
+def out_of_memory(why, remedy):
+    """The same where that is what an error says; other errors are ours, and keep their traceback."""
+    if "memory" not in f"{type(why).__name__} {why}".lower():
+        raise why
+    return fail(f"out of memory: {remedy}")
+
+
 def parse(config_class, about):
     """Read the command line into a dataclass made of flag()s; --help shows each field's note."""
     parser = Parser(description=about, allow_abbrev=False)
@@ -545,6 +552,8 @@ def main():
         train(config, complete(config))
     except (ValueError, OSError) as why:
         return fail(why)
+    except (MemoryError, RuntimeError) as why:
+        return out_of_memory(why, "use a smaller --batch, or more --accumulate for the same")
     except FloatingPointError as why:
         kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "nothing was saved"
         print(f"\n{why}; {kept}", file=sys.stderr)

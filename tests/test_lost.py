@@ -30,13 +30,13 @@ sys.exit(train.main())
 FLAGS = ("--data", "z.npz", "--out", "o", "--batch", 2, "--dtype", "fp32", "--resume")
 
 
-def start(folder, *flags, threads=1):
+def start(folder, *flags, program=PROGRAM):
     """train.py in a process of its own that says which step it begins."""
     folder.mkdir(exist_ok=True)
     latents_file(folder / "z.npz")
-    (folder / "program.py").write_text(PROGRAM)
+    (folder / "program.py").write_text(program)
     command = [sys.executable, "program.py", *map(str, (*FLAGS, *flags))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
@@ -50,8 +50,8 @@ def result(folder):
     return torch.load(folder / "o/ckpt.pt", weights_only=True), (folder / "o/log.csv").read_bytes()
 
 
-def finished(folder, *flags, **how):
-    out, err = start(folder, *flags, **how).communicate()
+def finished(folder, *flags):
+    out, err = start(folder, *flags).communicate()
     assert "done: o/ckpt.pt" in out, err
     return result(folder)
 
@@ -175,6 +175,13 @@ def test_an_earlier_runs_checkpoint_is_kept(call, latents, tmp_path):
     assert status == 0 and "earlier.pt" in out
     assert (tmp_path / "runs/z/earlier.pt").read_bytes() == before
     assert call(sample, "--ckpt", "runs/z/earlier.pt", "--n", 1, "--steps", 1)[0] == 0
+
+
+def test_too_large_a_batch_is_named(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9, 6 * 10**9))\nsys.exit("
+    process = start(tmp_path, "--batch", 2**16, "--steps", 1, program=PROGRAM.replace("sys.exit(", limit))
+    _, err = process.communicate()
+    assert process.returncode == 2 and "out of memory: use a smaller --batch" in one_line(err)
 
 
 # --- Checkpoints that are wrong -------------------------------------------------------

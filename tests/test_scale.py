@@ -66,13 +66,15 @@ def test_parts_of_a_batch_add_up_to_the_batch(alone, tmp_path, flags, processes)
     """
     rows, norms, state = run(tmp_path / "run", *FLAGS, *flags, processes=processes)
     assert len(rows) == len(alone[0]) == 20
-    for ours, theirs in zip(rows, alone[0]):
-        assert [x == "" for x in ours] == [x == "" for x in theirs]
-        assert all(abs(float(x) - float(y)) < 1e-5 for x, y in zip(ours, theirs) if x)
+    assert [[x == "" for x in row] for row in rows] == [[x == "" for x in row] for row in alone[0]]
     assert norms == pytest.approx(alone[1], rel=1e-5)
     distance = torch.cat([(state["model"][k] - x).abs().flatten() for k, x in alone[2]["model"].items()])
     rates = sum(6e-3 * (step + 1) / 100 for step in range(20))
-    assert distance.mean() < 3e-6 * rates and distance.max() < 2 * rates
+    losses = max(abs(float(x) - float(y)) for a, b in zip(rows, alone[0]) for x, y in zip(a, b) if x)
+    print(
+        f"\n{processes} processes {flags}: losses differ by {losses:.0e}, weights by {distance.mean():.0e} on average"
+    )
+    assert losses < 1e-5 and distance.mean() < 3e-6 * rates and distance.max() < 2 * rates
     assert state["config"] == {**alone[2]["config"], "accumulate": state["config"]["accumulate"]}
 
 

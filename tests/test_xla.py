@@ -75,8 +75,11 @@ def runs(tmp_path_factory):
     return folders
 
 
-def losses(folder, mixture):
-    rows = list(csv.reader((folder / mixture / "log.csv").open()))[1:]
+PARTS = ("model", "ema", "tokenizers")
+
+
+def losses(folder, run):
+    rows = list(csv.reader((folder / run / "log.csv").open()))[1:]
     return np.array([[float(x) if x else np.nan for x in row] for row in rows])
 
 
@@ -84,11 +87,11 @@ def losses(folder, mixture):
 def test_losses_and_weights_are_the_cpus(runs, run):
     cpu, one, four = runs
     for other in (one, four):
-        np.testing.assert_allclose(losses(other, run), losses(cpu, run), atol=1e-4)
+        worst = np.nanmax(np.abs(losses(other, run) - losses(cpu, run)))
         a, b = (torch.load(folder / run / "ckpt.pt", weights_only=True) for folder in (cpu, other))
-        for part in ("model", "ema", "tokenizers"):
-            distance = torch.cat([(b[part][k] - x).abs().flatten().double() for k, x in a[part].items()])
-            assert distance.mean() < 1e-6  # rounding as AdamW passes it on: see test_scale.py
+        apart = {k: torch.cat([(b[k][n] - x).abs().flatten().double() for n, x in a[k].items()]).mean() for k in PARTS}
+        print(f"\n{run}: losses differ by {worst:.0e}, weights by {apart['model']:.0e} on average")
+        assert worst < 1e-4 and max(apart.values()) < 1e-6  # rounding as AdamW passes it on: see test_scale.py
     np.testing.assert_allclose(losses(four, run), losses(one, run), atol=1e-5)
 
 
