@@ -150,8 +150,9 @@ def sample(trained, config, given, z0, generator, label):
         part = generate(
             trained.model, trained.schedule, z0_part, given,
             steps=steps, sampler=config.sampler or trained.preset.sampler, guidance=config.guidance,
-            guidance_drop=config.guidance_drop or None, method=config.method, z_max=z_max, generator=generator, on_step=on_step,
+            guidance_drop=config.guidance_drop or None, method=config.method,
             strength=0.02 if config.strength is None else config.strength,
+            z_max=z_max, generator=generator, on_step=on_step,
         )  # fmt: skip
         parts.append({m: z.cpu() for m, z in part.items()})
     print("\r" + " " * 60 + "\r" if sys.stdout.isatty() else "", end="")
@@ -372,7 +373,8 @@ def check(config, trained):
     mistakes = [
         (config.given and config.task != "all", "--given and --task each say what is given: use one"),
         (config.guidance_drop and not config.guidance, "--guidance-drop is for a --guidance other than 0"),
-        (config.strength is not None and config.method != "reconstruction", "--strength is for --method reconstruction"),
+        (config.strength is not None and config.method != "reconstruction",
+         "--strength is for --method reconstruction"),
         ((config.input or config.seconds) and not trained.decodes,
          "--input and --seconds need a tokenizer for clips: this checkpoint was trained on a .npz of latents"),
         (config.seconds and config.seconds < trained.span, f"--seconds must be {trained.span:g}, one window, or more"),

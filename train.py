@@ -43,9 +43,7 @@ class Config:
     preset: str = flag("toy", "size of the network and its training settings", tuple(PRESETS))
     mixture: str = flag("monl", "noise levels: monl, vanilla, pm, pt, ptm, task:a2v ..., sums a+b, weights a*2+b")
     steps: int = flag(None, "optimizer steps (default: the preset's)", within=COUNT)
-    batch: int = flag(
-        None, "examples a step, over all processes and accumulation (default: the preset's)", within=(1, 2**16)
-    )
+    batch: int = flag(None, "examples a step, of all processes and parts (default: the preset's)", within=(1, 2**16))
     lr: float = flag(None, "peak learning rate (default: the preset's)", within=(1e-12, 10))
     optimizer: str = flag(None, "adamw, or muon for the blocks' matrices (default: the preset's)", ("adamw", "muon"))
     prediction: str = flag(None, "what the network regresses (default: the preset's)", ("eps", "v"))
@@ -121,7 +119,7 @@ def open_device(name):
 
 
 def end_step(device):
-    """XLA records operations; this runs them, as one program that is compiled when it is new. Others run as they come."""
+    """XLA only records operations; this runs them, as one program, compiled if it is new."""
     if device.type == "xla":
         import torch_xla
 
@@ -183,7 +181,7 @@ class Machine:
         return [part.chunk(self.world)[mine] for part in torch.arange(batch).chunk(accumulate)]
 
     def put(self, xs):
-        """Dict of tensors (examples, ...) -> the same on the device; on XLA every device holds its share of the examples."""
+        """Dict of tensors (examples, ...) -> the same on the device; every XLA device holds its share of them."""
         xs = {m: x.to(self.device) for m, x in xs.items()}
         if self.mesh:
             from torch_xla.distributed import spmd
@@ -234,9 +232,7 @@ def complete(config):
     if config.size % 16:
         raise ValueError(f"--size {config.size} is not a multiple of 16")
     if config.sample_rate < 64 * config.fps:
-        raise ValueError(
-            f"--sample-rate {config.sample_rate} is too low for --fps {config.fps}: use 64 times it or more"
-        )
+        raise ValueError(f"--sample-rate {config.sample_rate} is too low for --fps {config.fps}: use {64 * config.fps}")
     if is_latents(config.data):
         return read_latents(config.data)[1]
     if config.data == "toy":
@@ -388,13 +384,11 @@ def on_cpu(x):
 
 @contextmanager
 def reading(path):
-    """Whatever contents of a checkpoint that do not fit make fail becomes one ValueError."""
+    """Whatever fails because a checkpoint's contents do not fit becomes one ValueError."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, RuntimeError) as why:
-        raise ValueError(
-            f"{path} is damaged or does not fit this version ({why}): use another or train again"
-        ) from None
+        raise ValueError(f"{path} is damaged or does not fit this version ({why}): train again") from None
 
 
 def load(path):
@@ -417,34 +411,40 @@ def load(path):
     return state
 
 
-def prepare(config, modalities, machine):
-    """Load the clips, fit the tokenizers, encode everything once -> latents, tokenizers."""
+def fill(config, parts, saved):
+    """Load the parts of a run from its checkpoint."""
+    with reading(Path(config.out) / "ckpt.pt"):
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+
+
+def prepare(config, modalities, machine, saved):
+    """Load the clips, fit the tokenizers or take the saved run's, encode everything once -> latents, tokenizers."""
     print(f"reading {config.data} ...", flush=True)
     clips = load_clips(config.data, "train", modalities, config.fps, config.size, config.sample_rate)
     tokenizers = make_tokenizers(config.data, modalities, config.size, config.sample_rate)
-    for m, tokenizer in tokenizers.items():
+    if saved:
+        fill(config, {"tokenizers": tokenizers}, saved)
+    for m, tokenizer in tokenizers.items() if not saved else ():
         tokenizer.fit(clips[m][:1024])
         machine.agree(tokenizer)
     return {m: in_chunks(tokenizer.encode, clips[m]) for m, tokenizer in tokenizers.items()}, tokenizers
 
 
-def restore(config, path, parts, modalities):
-    """Fill the parts from the checkpoint at `path` -> its step; 0 where there is none."""
+def find(config, path, modalities):
+    """The checkpoint that --resume continues from, or None. ValueError where it is of another run than config's."""
     if not path.exists():
         print(f"nothing saved in {config.out}: starting fresh")
-        return 0
+        return None
     state = load(path)
     with reading(path):
         for name, now in asdict(config).items():
             before = state["config"][name]
-            if before != now and name not in ("resume", "device", "save_every", "out", "compile"):
+            if before != now and name not in ("resume", "device", "save_every", "out", "compile", "accumulate"):
                 raise ValueError(f"--resume: {path} was trained with {name} {before}, not {now}")
         if state["modalities"] != described(modalities):
             raise ValueError(f"--resume: {path} was trained on other modalities than {config.data} has")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    print(f"resuming at step {state['step']}")
-    return state["step"]
+    return state
 
 
 def described(modalities):
@@ -478,18 +478,21 @@ def begin(config, modalities, machine):
         among = f"--accumulate {config.accumulate} parts on {machine.parts} devices"
         raise ValueError(f"--batch {config.batch} does not divide into {among}")
     out.mkdir(parents=True, exist_ok=True)
-    latents, tokenizers = prepare(config, modalities, machine)
+    ckpt, earlier = out / "ckpt.pt", out / "earlier.pt"
+    saved = find(config, ckpt, modalities) if config.resume else None
+    first = saved["step"] if saved else 0
+    if machine.total(torch.tensor(first)) != first * machine.world:
+        raise ValueError(f"the processes do not see the same {ckpt}: --out must be a folder that they share")
     torch.manual_seed(config.seed)
     model = preset.model(modalities, config.prediction).to(machine.device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
-    optimizers = make_optimizers(config, model, machine.device)
     log = Log(out / "log.csv", modalities, machine)
-    parts = {"model": model, "ema": ema, **optimizers, "tokenizers": tokenizers, "log": log}
-    ckpt, earlier = out / "ckpt.pt", out / "earlier.pt"
-    first = restore(config, ckpt, parts, modalities) if config.resume else 0
-    if machine.total(torch.tensor(first)) != first * machine.world:
-        raise ValueError(f"the processes do not see the same {ckpt}: --out must be a folder that they share")
-    if ckpt.exists() and not config.resume and not machine.rank:
+    parts = {"model": model, "ema": ema, **make_optimizers(config, model, machine.device), "log": log}
+    latents, parts["tokenizers"] = prepare(config, modalities, machine, saved)
+    if saved:
+        fill(config, parts, saved)
+        print(f"resuming at step {first}")
+    elif ckpt.exists() and not machine.rank:
         ckpt.replace(earlier)
         print(f"kept an earlier run's checkpoint as {earlier}")
     log.open(first)

@@ -328,9 +328,7 @@ def paper_step(preset, device, dtype):
     """The paper preset's training step as train.py does it: memory by batch size, products, what App. B's run takes."""
     model, schedule = preset.model().to(device), NoiseSchedule().to(device)
     ema, optimizer = AveragedModel(model), make_optimizers(Config(optimizer="adamw"), model, device)["adamw"]
-    kept = 5 * sum(
-        p.numel() * p.element_size() for p in model.parameters()
-    )  # they, their average, gradients, Adam's two
+    kept = 5 * sum(p.nbytes for p in model.parameters())  # they, their average, gradients, AdamW's two moments
     print(f"\npaper preset, training step: GiB of weights, their average, gradients, AdamW: {kept / 2**30:.1f}")
 
     def step(batch):

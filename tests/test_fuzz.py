@@ -1,4 +1,4 @@
-"""Damaged and odd inputs: a few hundred clips, sounds and .npz files, each used, skipped with a line or refused in one."""
+"""Damaged and odd inputs: a few hundred clips, sounds, .npz files and checkpoints, each used or refused in one line."""
 
 import io
 import random
@@ -63,8 +63,8 @@ def bounded():
 
 
 ODD_NAMES = (
-    "two words.mp4", "quo'te\"s.mp4", "ünïcödé 猫.mp4", "-leading.mp4", "--resume.mp4", "a:b.mp4", "%03d.mp4", "$(touch ran).mp4",
-    "new\nline.mp4", "a|b;c&d.mp4", "no_ending", "wrong.txt", "[x]{1..3}*?.mp4",
+    "two words.mp4", "quo'te\"s.mp4", "ünïcödé 猫.mp4", "-leading.mp4", "--resume.mp4", "a:b.mp4", "%03d.mp4",
+    "$(touch ran).mp4", "new\nline.mp4", "a|b;c&d.mp4", "no_ending", "wrong.txt", "[x]{1..3}*?.mp4",
 )  # fmt: skip
 
 

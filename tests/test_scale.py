@@ -20,7 +20,7 @@ PROGRAM = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, data, train
-fit = data.Standardize.fit  # another machine may fit the tokenizers otherwise, and must take the first one's all the same
+fit = data.Standardize.fit  # another machine may fit the tokenizers otherwise, and must take the first one's
 data.Standardize.fit = lambda self, z: fit(self, z * (1 + int(os.environ.get("RANK", "0"))))
 clip, norms = torch.nn.utils.clip_grad_norm_, []
 torch.nn.utils.clip_grad_norm_ = lambda *args: norms.append(clip(*args).item())
