@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import train
-draw = train.draw
+train.Log.EVERY, draw = 4, train.draw
 train.draw = lambda config, *more: (print("step", more[-1], flush=True), draw(config, *more))[1]
 sys.exit(train.main())
 """
@@ -60,7 +60,7 @@ def finished(folder, *flags):
 
 def test_killed_at_twenty_moments(tmp_path):
     """kill -9, ten times at a random moment and ten times while a checkpoint is written, then to the end."""
-    flags, every, rng = ("--steps", 200, "--save-every", 3), 3, random.Random(0)
+    flags, every, rng = ("--steps", 150, "--save-every", 3), 3, random.Random(0)
     whole = finished(tmp_path / "whole", *flags)
     folder, reached = tmp_path / "killed", None
     ckpt, partial = folder / "o/ckpt.pt", folder / "o/ckpt.pt.partial"
@@ -70,7 +70,7 @@ def test_killed_at_twenty_moments(tmp_path):
         while not (line.startswith("step") and ckpt.exists()):  # it trains, and there is something to resume from
             line = process.stdout.readline()
             assert process.poll() is None
-        time.sleep(rng.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.1))
         while k % 2 and not partial.exists():
             assert process.poll() is None
         process.kill()
