@@ -5,7 +5,6 @@ import csv
 import importlib.util
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -72,8 +71,8 @@ def fail(message):
 
 
 def out_of_memory(why, remedy):
-    """The same where that is what an error says; other errors are ours, and keep their traceback."""
-    if "memory" not in f"{type(why).__name__} {why}".lower():
+    """The same where that is what an error says. Other errors are ours, and keep their traceback."""
+    if not isinstance(why, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(why):
         raise why
     return fail(f"out of memory: {remedy}")
 
@@ -137,7 +136,9 @@ def precision(name, device):
     else:
         chip = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         native = chip.get("avx512_bf16") or chip.get("amx_bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16" or (name == "auto" and bool(native)))
+    enabled = name == "bf16" or (name == "auto" and bool(native))
+    # No cache of weights in bf16: torch 2.9 would fill it in the pass without gradient, and cut off the next one's.
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 class Machine:
@@ -163,6 +164,10 @@ class Machine:
             devices = runtime.global_runtime_device_count()
             self.mesh = spmd.Mesh(range(devices), (devices,), ("batch",))
             self.rank = runtime.process_index()  # of a pod's hosts
+            if runtime.process_count() > 1:
+                import torch_xla.distributed.xla_backend  # noqa: F401  (knows xla://)
+
+                dist.init_process_group("gloo", init_method="xla://")
         self.device = open_device(name)
         self.parts = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
         if self.world > 1:
@@ -200,12 +205,12 @@ class Machine:
 
     def agree(self, tokenizer):
         """Take the first process's: the same fit elsewhere may differ by rounding, and so by whole directions."""
-        for x in tokenizer.state_dict().values() if self.world > 1 else ():
+        for x in tokenizer.state_dict().values() if dist.is_initialized() else ():
             dist.broadcast(x, 0)
 
     def total(self, x):
         """Sum x over the processes, in place."""
-        if self.world > 1:
+        if dist.is_initialized():
             dist.all_reduce(x)
         return x
 
@@ -231,8 +236,10 @@ def complete(config):
         raise ValueError("--compile is for other devices: XLA compiles everything")
     if config.size % 16:
         raise ValueError(f"--size {config.size} is not a multiple of 16")
-    if config.sample_rate < 64 * config.fps:
-        raise ValueError(f"--sample-rate {config.sample_rate} is too low for --fps {config.fps}: use {64 * config.fps}")
+    hops, rest = divmod(config.sample_rate, 8 * config.fps)  # a sound segment lasts a frame, and has 8 hops
+    if not is_latents(config.data) and (rest or hops < 8):
+        nearest = 8 * config.fps * max(8, hops + (2 * rest > 8 * config.fps))
+        raise ValueError(f"--sample-rate {config.sample_rate} does not divide by 8 x --fps {config.fps}: use {nearest}")
     if is_latents(config.data):
         return read_latents(config.data)[1]
     if config.data == "toy":
@@ -307,7 +314,8 @@ class Log:
         return {"sums": self.sums}
 
     def load_state_dict(self, state):
-        self.sums.copy_(state["sums"])
+        if self.machine.world == 1 or not self.machine.rank:  # they are of all processes
+            self.sums.copy_(state["sums"])
 
     def open(self, step):
         """Start log.csv, or drop the lines a resumed run will write again, and one that was cut off."""
@@ -328,7 +336,8 @@ class Log:
 
     def gather(self, step):
         """Leave the sums over all processes with the first one. FloatingPointError if a loss was not finite."""
-        if not self.machine.total(self.sums).isfinite().all():
+        sums = self.machine.total(self.sums) if self.machine.world > 1 else self.sums
+        if not sums.isfinite().all():
             raise FloatingPointError(f"the loss is not finite at step {step}")
         if self.machine.world > 1 and self.machine.rank:
             self.sums.zero_()
@@ -387,6 +396,8 @@ def reading(path):
     """Whatever fails because a checkpoint's contents do not fit becomes one ValueError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, TypeError, AttributeError, RuntimeError) as why:
         raise ValueError(f"{path} is damaged or does not fit this version ({why}): train again") from None
 
@@ -451,10 +462,14 @@ def described(modalities):
     return [asdict(m) for m in modalities]
 
 
-def checkpoint(step, config, modalities, parts):
-    """-> all that a run is at this step. FloatingPointError if the weights are broken: they are never written."""
-    if not torch.stack([p.isfinite().all() for p in parts["model"].parameters()]).all():
+def check_weights(model, step):
+    """FloatingPointError if they are broken: then they are never written."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
         raise FloatingPointError(f"the weights are not finite at step {step}")
+
+
+def checkpoint(step, config, modalities, parts):
+    """-> all that a run is at this step."""
     about = {"format": FORMAT, "step": step, "config": asdict(config), "modalities": described(modalities)}
     return {**on_cpu({name: part.state_dict() for name, part in parts.items()}), **about}
 
@@ -478,10 +493,10 @@ def begin(config, modalities, machine):
         among = f"--accumulate {config.accumulate} parts on {machine.parts} devices"
         raise ValueError(f"--batch {config.batch} does not divide into {among}")
     out.mkdir(parents=True, exist_ok=True)
-    ckpt, earlier = out / "ckpt.pt", out / "earlier.pt"
+    ckpt = out / "ckpt.pt"
     saved = find(config, ckpt, modalities) if config.resume else None
     first = saved["step"] if saved else 0
-    if machine.total(torch.tensor(first)) != first * machine.world:
+    if machine.total(torch.tensor(first)) != first * machine.total(torch.tensor(1)):
         raise ValueError(f"the processes do not see the same {ckpt}: --out must be a folder that they share")
     torch.manual_seed(config.seed)
     model = preset.model(modalities, config.prediction).to(machine.device)
@@ -493,8 +508,11 @@ def begin(config, modalities, machine):
         fill(config, parts, saved)
         print(f"resuming at step {first}")
     elif ckpt.exists() and not machine.rank:
-        ckpt.replace(earlier)
-        print(f"kept an earlier run's checkpoint as {earlier}")
+        earlier = out / f"earlier-{len(list(out.glob('earlier-*.pt'))) + 1}"
+        for old in (ckpt, log.path):
+            if old.exists():
+                old.replace(earlier.with_suffix(old.suffix))
+        print(f"kept an earlier run's checkpoint and log as {earlier}.pt, .csv")
     log.open(first)
     return latents, parts, first
 
@@ -538,11 +556,14 @@ def train(config, modalities):
                 log.write(done, config.steps)
             if done % config.save_every == 0 or last or stop:
                 log.gather(done)
-                state = checkpoint(done, config, modalities, parts)
+                check_weights(model, done)
+                if machine.mesh or not machine.rank:  # XLA's hosts must all do the same on their devices
+                    state = checkpoint(done, config, modalities, parts)
                 if not machine.rank:
                     save(ckpt, state)
+                machine.total(torch.zeros(()))  # nobody goes on, or away, before it is saved
             if stop and not last:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("saved")
     print(f"\ndone: {ckpt}")
     if machine.world > 1:
         dist.destroy_process_group()
@@ -561,9 +582,10 @@ def main():
         kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "nothing was saved"
         print(f"\n{why}; {kept}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
-        print(f"\nstopped; continue with: {command}" if ckpt.exists() else "\nnothing was saved", file=sys.stderr)
+    except KeyboardInterrupt as why:
+        if os.environ.get("RANK", "0") == "0":
+            how = "saved: the same command with --resume continues" if why.args else "nothing new was saved"
+            print(f"\nstopped, {how}", file=sys.stderr)
         return 130
     return 0
 

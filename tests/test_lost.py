@@ -99,7 +99,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(forty, tmp_path, number):
         assert process.poll() is None
     process.send_signal(number)
     out, err = process.communicate()
-    assert process.returncode == 130 and err.strip().splitlines()[-1].endswith("--resume"), err
+    assert process.returncode == 130 and "saved: the same command with --resume" in one_line(err)
     state, _ = result(tmp_path / "stopped")
     assert state["step"] == (steps(out) or [7])[-1] + 1 < 40
     assert equal(finished(tmp_path / "stopped", *FORTY), forty)
@@ -141,6 +141,18 @@ def test_a_torn_line_of_the_log_is_dropped(tmp_path):
     (tmp_path / "log.csv").unlink()
     log.open(1900)  # someone took it away: the run goes on
     assert (tmp_path / "log.csv").read_text().split() == [",".join(log.header)]
+
+
+def test_stopped_before_a_step_says_that_nothing_is_saved(call, latents, monkeypatch):
+    """Not even where an earlier run left a checkpoint."""
+    assert call(train, *latents)[0] == 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare", stop)
+    status, _, err = call(train, *latents)
+    assert status == 130 and "nothing new was saved" in one_line(err)
 
 
 # --- Disks and numbers that fail ------------------------------------------------------
@@ -208,9 +220,12 @@ def test_an_earlier_runs_checkpoint_is_kept(call, latents, tmp_path):
     assert call(train, *latents, "--seed", 1)[0] == 0
     before = (tmp_path / "runs/z/ckpt.pt").read_bytes()
     status, out, _ = call(train, *latents)
-    assert status == 0 and "earlier.pt" in out
-    assert (tmp_path / "runs/z/earlier.pt").read_bytes() == before
-    assert call(sample, "--ckpt", "runs/z/earlier.pt", "--n", 1, "--steps", 1)[0] == 0
+    assert status == 0 and "earlier-1.pt" in out
+    log = (tmp_path / "runs/z/log.csv").read_bytes()
+    assert call(train, *latents, "--seed", 2)[0] == 0
+    assert (tmp_path / "runs/z/earlier-1.pt").read_bytes() == before
+    assert (tmp_path / "runs/z/earlier-2.csv").read_bytes() == log
+    assert call(sample, "--ckpt", "runs/z/earlier-2.pt", "--n", 1, "--steps", 1)[0] == 0
 
 
 def test_too_large_a_batch_is_named(tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_data import latents_file
 from test_method import TOY
 
 from avdit import AVDiT, NoiseSchedule, sample_timesteps, training_loss
+from train import Log
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +78,15 @@ def test_parts_of_a_batch_add_up_to_the_batch(alone, tmp_path, flags, processes)
     )
     assert losses < 1e-5 and distance.mean() < 3e-6 * rates and distance.max() < 2 * rates
     assert state["config"] == {**alone[2]["config"], "accumulate": state["config"]["accumulate"]}
+
+
+def test_a_resumed_log_counts_once(tmp_path):
+    """What was gathered from all processes goes back to the first alone; where one holds everything, to it."""
+    for rank, world, share in ((0, 1, 1), (0, 2, 1), (1, 2, 0), (1, 1, 1)):
+        machine = SimpleNamespace(rank=rank, world=world, device="cpu")
+        log = Log(tmp_path / "log.csv", TOY, machine)
+        log.load_state_dict({"sums": torch.ones(2, 2, 10)})
+        assert (log.sums == share).all()
 
 
 def test_losses_of_parts_add_up():
