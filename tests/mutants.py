@@ -20,7 +20,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {
-    "avdit": ["test_method.py", "test_sampling.py", "test_exact.py", "-k", "not ddpm-1000"],
+    "avdit": [
+        "test_method.py",
+        "test_sampling.py",
+        "test_exact.py",
+        "test_scale.py",
+        "-k",
+        "not ddpm-1000 and not batch",
+    ],
     "train": ["test_scripts.py", "-k", "average or learning_rate or depend"],
     "sample": ["test_scripts.py", "-k", "average"],
 }
@@ -73,7 +80,6 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("train", "[config.seed, step])", "[config.seed, 0])"),
     ("train", "[config.seed, step, 1]", "[config.seed, 0, 1]"),
     ("train", "int(words[row])", "int(words[i])"),
-    ("train", "(loss * machine.world).backward()", "loss.backward()"),
     ("train", "min(1, (step + 1) / PRESETS[config.preset].warmup)", "1"),
     ("sample", 'state["ema"].items() if k.startswith("module.")', 'state["model"].items()'),
 ]  # fmt: skip
