@@ -530,9 +530,8 @@ def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=
 def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17):
     """Video of 1 + 4 k frames, a segment for the first and one for every 4 later; sound in segments of `segment` s."""
     if frames % 4 != 1:  # a causal video tokenizer would drop the rest without a word
-        raise ValueError(
-            f"{frames} frames are not 1 + 4 k: use {frames - (frames - 1) % 4} or {frames + -(frames - 1) % 4}"
-        )
+        fewer = frames - (frames - 1) % 4
+        raise ValueError(f"{frames} frames are not 1 + 4 k: use {fewer} or {fewer + 4}")
     starts = (0, *range(1, frames + 1, 4))
     count = int(frames / fps / segment + 1e-6)
     return [

@@ -503,11 +503,11 @@ def begin(config, modalities, machine):
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
     log = Log(out / "log.csv", modalities, machine)
     parts = {"model": model, "ema": ema, **make_optimizers(config, model, machine.device), "log": log}
-    latents, parts["tokenizers"] = prepare(config, modalities, machine, saved)
     if saved:
         fill(config, parts, saved)
         print(f"resuming at step {first}")
-    elif ckpt.exists() and not machine.rank:
+    latents, parts["tokenizers"] = prepare(config, modalities, machine, saved)
+    if ckpt.exists() and not saved and not machine.rank:
         earlier = out / f"earlier-{len(list(out.glob('earlier-*.pt'))) + 1}"
         for old in (ckpt, log.path):
             if old.exists():
@@ -565,7 +565,7 @@ def train(config, modalities):
             if stop and not last:
                 raise KeyboardInterrupt("saved")
     print(f"\ndone: {ckpt}")
-    if machine.world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
