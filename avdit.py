@@ -1,25 +1,23 @@
 """AVDiT: one diffusion transformer for video and audio whose timestep is a vector.
 
-The method of "A Versatile Diffusion Transformer with Mixture of Noise Levels for
-Audiovisual Generation", in the paper's order. A tag in brackets names the equation, algorithm
-or section beside the line that does it; `python avdit.py` lists them all. DIFFERS FROM PAPER
-marks every line that departs from a formula as printed.
+The method of "A Versatile Diffusion Transformer with Mixture of Noise Levels for Audiovisual Generation". A tag such as
+[Eq. 5] stands beside the line that does it; DIFFERS FROM PAPER marks a line whose printed formula has a slip.
 
 Letters, the same in comments, code and tests
-    B      batch                         M      modalities (video, audio, ...)
-    N_m    time-segments of modality m   P_m    tokens of one segment: h * w of video, 1 of audio
-    d_m    latent channels of m          d      width of the transformer
-    S      segments, sum of N_m          L      tokens, sum of N_m P_m
-    T      diffusion steps               tau    the one timestep all wanted segments share
-    z      latents, (B, N_m, *grid, d_m) t      timestep vector, int64 (B, N_m), 0 = clean
-    a, s   sqrt(alpha_bar), sqrt(1 - alpha_bar): how much signal and noise z_t holds
-Collections over modalities are plain dicts in a fixed order: {"video": ..., "audio": ...}.
+    B      batch                             M      modalities (video, audio, ...)
+    N_m    time-segments of modality m       S      time-segments of all modalities, sum of N_m
+    P_m    tokens of one segment of m        L      tokens of all modalities, sum of N_m P_m
+    d_m    latent channels of m              E      numbers in the latents of one clip, sum of N_m P_m d_m
+    T      diffusion steps                   d      width of the transformer
+    z      latents, (B, E)                   t      timestep vector, int64 (B, S), 0 = clean, T = noise
+    a, s   sqrt(alpha_bar) and sqrt(1 - alpha_bar): how much signal and how much noise z_t holds
+    tau    the one timestep that all segments to be generated share
+z holds a clip's latents modality by modality, segment by segment; a Layout knows what lies where.
 """
 
-import ast
 import math
-import re
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +27,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of latent [Sec. 3.1]: (B, N, *grid, channels); a list of them starts with the time reference.
-
-    name      key in every dict
-    grid      tokens of one segment: (h, w) for video, () for audio
-    channels  d_m
-    edges     N + 1 times in seconds; segment n covers edges[n]..edges[n+1]
-    """
+    """One kind of latent: (N, *grid, channels) numbers a clip [Sec. 3.1]."""
 
     name: str
-    grid: tuple
-    channels: int
-    edges: tuple
+    grid: tuple  # tokens of one segment: (h, w) for video, () for audio
+    channels: int  # d_m
+    edges: tuple  # N + 1 times in seconds; segment n covers edges[n]..edges[n + 1]
 
     @property
     def N(self):
@@ -54,10 +46,59 @@ class Modality:
     def shape(self):
         return (self.N, *self.grid, self.channels)
 
-    @property
-    def midpoints(self):
-        edges = torch.tensor(self.edges, dtype=torch.float64)
-        return (edges[:-1] + edges[1:]) / 2
+
+class Layout:
+    """Where everything lies in z, (B, E), and in t, (B, S).
+
+    The first modality is the time reference: strategy Pt draws one timestep for each of its segments, and a segment of
+    another modality takes the timestep of the one it coincides with.
+    """
+
+    def __init__(self, modalities):
+        self.modalities = tuple(modalities)
+        self.names = [m.name for m in self.modalities]
+        self.lengths = [m.N for m in self.modalities]
+        self.tokens = [m.N * m.P for m in self.modalities]
+        self.S, self.E = sum(self.lengths), sum(math.prod(m.shape) for m in self.modalities)
+        edges = [torch.tensor(m.edges, dtype=torch.float64) for m in self.modalities]
+        self.starts = torch.cat([e[:-1] for e in edges])  # (S,) seconds
+        self.ends = torch.cat([e[1:] for e in edges])
+        offsets = accumulate([0, *self.lengths])
+        self.first = torch.cat([torch.full((n,), k) for n, k in zip(self.lengths, offsets)])  # (S,) of the same modality
+        self.segment = self.per_element(torch.arange(self.S))  # (E,) which segment an element belongs to
+        self.sizes = self.segment.bincount()  # (S,) elements of each segment
+
+    def per_element(self, x):
+        """(..., S) -> (..., E), x[..., segment]. Made of copies: they need no index on x's device, and are faster."""
+        parts = zip(self.modalities, x.split(self.lengths, -1))
+        return torch.cat([part.repeat_interleave(m.P * m.channels, -1) for m, part in parts], -1)
+
+    def per_segment(self, x):
+        """(B, E) -> (B, S): the mean over each segment's elements."""
+        return torch.cat([part.flatten(2).mean(-1) for part in self.unpack(x).values()], -1)
+
+    def pack(self, latents):
+        """Dict of (B, N_m, *grid, d_m) -> z (B, E)."""
+        return torch.cat([latents[name].flatten(1) for name in self.names], -1)
+
+    def unpack(self, z):
+        """z (B, E) -> dict of (B, N_m, *grid, d_m)."""
+        parts = zip(self.modalities, z.split([math.prod(m.shape) for m in self.modalities], -1))
+        return {m.name: part.unflatten(-1, m.shape) for m, part in parts}
+
+    def split(self, x):
+        """(..., S) -> dict of (..., N_m)."""
+        return dict(zip(self.names, x.split(self.lengths, -1)))
+
+    def of(self, names):
+        """(S,) bool: the segments of the named modalities. ValueError where there is no such modality."""
+        for name in names:
+            check_choice("modality", name, self.names)
+        return torch.cat([torch.full((m.N,), m.name in names) for m in self.modalities])
+
+    def within(self, start, end):
+        """(S,) bool: the segments that lie wholly inside start..end seconds, to a microsecond."""
+        return (self.starts >= start - 1e-6) & (self.ends <= end + 1e-6)
 
 
 def check_choice(what, value, valid):
@@ -65,21 +106,12 @@ def check_choice(what, value, valid):
         raise ValueError(f"unknown {what} {value!r}: use {', '.join(valid)}")
 
 
-def per_segment(x, z):
-    """View x, (B, N_m) or (N_m,), so that it broadcasts over z, (B, N_m, *grid, d_m)."""
-    return x.expand(z.shape[:2]).reshape(*z.shape[:2], *[1] * (z.ndim - 2))
-
-
-# ---------------------------------------------------------------------------------------
-# Noise levels [Sec. 2, App. B]
-# ---------------------------------------------------------------------------------------
+# --- Noise levels [Sec. 2, App. B] ----------------------------------------------------------------------------------
 
 
 class NoiseSchedule(nn.Module):
-    """Linear beta schedule [App. B]; `alpha_bar` is (T + 1,), so that t = 0 means no noise at all.
-
-    The product runs in float64: in float32 it would drift, and 1 - alpha_bar lose its digits at small t.
-    """
+    """Linear beta schedule [App. B]; the ends, which the paper does not give, are DDPM's. Tables are (T + 1,), and their
+    entry 0 is no noise at all. The product runs in float64: in float32 1 - alpha_bar loses its digits at small t."""
 
     def __init__(self, T=1000, beta_min=1e-4, beta_max=0.02):
         super().__init__()
@@ -89,124 +121,110 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar.float())
         self.register_buffer("a", alpha_bar.sqrt().float())
         self.register_buffer("s", (1 - alpha_bar).sqrt().float())
-        log = alpha_bar.log()  # in two float32 halves: the difference of two, a small step's, would lose its digits
+        log = alpha_bar.log()  # as a sum of two float32: the difference of two logarithms, a step's, needs the digits
         self.register_buffer("log_alpha_bar", torch.stack([log.float(), (log - log.float()).float()]))
         self.register_buffer("log_snr", (log - (1 - alpha_bar).log()).float())
 
-    def scales(self, t, z):
-        """(a, s) at t, (B, N_m), shaped to multiply z, (B, N_m, *grid, d_m)."""
-        return per_segment(self.a[t], z), per_segment(self.s[t], z)
-
-    def add_noise(self, z0, eps, t):
-        """z_t of one modality [Eq. 5]; t (B, N_m), every segment at its own level."""
-        a, s = self.scales(t, z0)
-        return a * z0 + s * eps  # DIFFERS FROM PAPER: Eq. 5 prints alpha_t for alpha_bar_t
-
-    def target(self, z0, eps, t, prediction):
-        """What the network learns to output: the noise [Eq. 6], or v = a eps - s z0 (as in W.A.L.T [Sec. 4])."""
-        a, s = self.scales(t, z0)
-        return a * eps - s * z0 if prediction == "v" else eps
-
-    def estimates(self, z_t, t, out, prediction):
-        """Turn the network's output for one modality into its estimates of (z0, eps); at t = 0, z0 is z_t itself."""
-        a, s = self.scales(t, z_t)
-        if prediction == "v":
-            return a * z_t - s * out, s * z_t + a * out
-        return (z_t - s * out) / a, out
+    def scales(self, layout, t):
+        """t (B, S) -> a, s of every element, (B, E) each."""
+        return layout.per_element(self.a[t]), layout.per_element(self.s[t])
 
 
-# ---------------------------------------------------------------------------------------
-# The timestep vector [Sec. 3.1, Sec. 3.2, Alg. 1]
-# ---------------------------------------------------------------------------------------
+# --- Tasks are masks [Sec. 3.3, Sec. 6.2] ---------------------------------------------------------------------------
 
-STRATEGIES = ("vanilla", "pm", "pt", "ptm")
 TASKS = ("joint", "a2v", "v2a", "inpaint", "continue", "continue-2s")
 
 
-def correspondence(modality, reference):
-    """(N_m,) index of the reference segment that contains each midpoint [Sec. 3.1, footnote 4].
+def task_mask(task, layout):
+    """Which segments a task gives: bool (S,), True = given. ValueError names the valid tasks.
 
-    Midpoints beyond either end belong to the nearest segment.
+    "continue" gives the first two segments of the time reference (5 frames, 0.625 s) and what lies in their time,
+    "continue-2s" the first (1 frame, 0.125 s) [App. F], "inpaint" the first and the last.
     """
-    inner = torch.tensor(reference.edges[1:-1], dtype=torch.float64)
-    return torch.bucketize(modality.midpoints, inner, right=True)
+    check_choice("task", task, TASKS)
+    edges = layout.modalities[0].edges
+    if task == "joint":
+        return torch.zeros(layout.S, dtype=torch.bool)
+    if task in ("a2v", "v2a"):
+        return layout.of(["audio"] if task == "a2v" else ["video"])
+    if task == "inpaint":
+        return layout.within(*edges[:2]) | layout.within(*edges[-2:])
+    return layout.within(edges[0], edges[:3][-1] if task == "continue" else edges[1])
+
+
+# --- The timestep vector [Sec. 3.1, Sec. 3.2, Alg. 1] ---------------------------------------------------------------
+
+
+def coincident(layout):
+    """(S,) the segment of the time reference that contains each segment's midpoint [Sec. 3.1, footnote 4], or the last."""
+    boundaries = layout.starts[1 : layout.lengths[0]]
+    return torch.bucketize((layout.starts + layout.ends) / 2, boundaries, right=True)
+
+
+# name -> function of t_ref (B, S) and the layout: the timestep vectors (B, S) [Alg. 1, lines 6 to 17]
+STRATEGIES = {
+    "vanilla": lambda t_ref, layout: t_ref[:, :1].expand_as(t_ref),  # t^(m,n) = t_ref^(1,1)
+    "pm": lambda t_ref, layout: t_ref[:, layout.first],  # t_ref^(m,1)
+    "pt": lambda t_ref, layout: t_ref[:, coincident(layout)],  # t_ref^(1,n), n by time
+    "ptm": lambda t_ref, layout: t_ref,  # t_ref^(m,n)
+}
+MONL = ("vanilla", "pt", "pm", "ptm")
 
 
 def parse_mixture(mixture):
-    """Turn "pt+pm*2" into {"pt": 1.0, "pm": 2.0}; "monl" is the four strategies in equal shares."""
-    weights = {}
-    for term in mixture.split("+"):
-        name, _, factor = term.strip().partition("*")
-        names = STRATEGIES if name == "monl" else (name,)
-        if name not in (*STRATEGIES, "monl", *(f"task:{task}" for task in TASKS)):
+    """ "pt+pm+pm" -> ["pt", "pm", "pm"]; "monl" stands for its four strategies. ValueError names what is valid."""
+    names = []
+    for name in mixture.split("+"):
+        names += MONL if name == "monl" else (name,)
+    for name in names:
+        if name not in (*STRATEGIES, *(f"task:{task}" for task in TASKS)):
             raise ValueError(f"unknown strategy {name!r} in mixture {mixture!r}: use monl, {', '.join(STRATEGIES)}, "
-                             f"task:NAME ({', '.join(TASKS)}), sums a+b and weights a*2+b")  # fmt: skip
-        try:
-            weight = float(factor) if factor else 1.0
-        except ValueError:
-            weight = -1.0
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight {factor!r} in mixture {mixture!r} is not a positive number")
-        for each in names:
-            weights[each] = weights.get(each, 0) + weight / len(names)
-    return weights
+                             f"task:NAME ({', '.join(TASKS)}), or a sum such as pt+pm+pm")  # fmt: skip
+    return names
 
 
-def sample_timesteps(mixture, modalities, batch, T, generator=None):
-    """Draw a timestep vector for every example [Alg. 1]: dict of int64 (B, N_m) in 1..T.
+def sample_timesteps(mixture, layout, batch, T, generator=None):
+    """Draw a timestep vector for every example [Alg. 1]: int64 (B, S), in 1..T.
 
-    mixture  "vanilla", "pm", "pt", "ptm", "monl", a sum ("pt+pm+ptm"), weights ("vanilla*2+ptm": the weighting that
-             App. A leaves to future work), or "task:a2v" ...: Table 1's conditional models [Eq. 3], which hold t = 0
-             on the given part. ValueError names the valid ones.
+    mixture  "vanilla", "pm", "pt", "ptm", "monl", or a sum of them, in which a term counts as often as it is named.
+             "task:a2v" and the like are for Table 1's conditional models [Eq. 3]: t = 0 on what the task gives, one
+             shared t on the rest.
     """
-    weights = parse_mixture(mixture)
-    # One strategy per example, not per batch: Alg. 1 is called for one z_0.
-    choice = torch.multinomial(torch.tensor(list(weights.values())), batch, replacement=True, generator=generator)
-    # DIFFERS FROM PAPER: Alg. 1 line 4 draws t_ref only inside its MoNL branch; every strategy needs it.
-    t_ref = {m.name: torch.randint(1, T + 1, (batch, m.N), generator=generator) for m in modalities}
-    first = t_ref[modalities[0].name]  # (B, N_1), the time reference's draw
-    masks = {k: task_mask(k.removeprefix("task:"), modalities) for k in weights if k.startswith("task:")}
-    t = {}
-    for m in modalities:
-        own = t_ref[m.name]
-        shared = first[:, :1].expand(-1, m.N)
-        candidates = {
-            "vanilla": shared,  # t^(m,n) = t_ref^(1,1)
-            "pm": own[:, :1].expand(-1, m.N),  # t_ref^(m,1)
-            "pt": first[:, correspondence(m, modalities[0])],  # t_ref^(1,n), n by time
-            "ptm": own,  # t_ref^(m,n)
-            **{k: shared.masked_fill(mask[m.name], 0) for k, mask in masks.items()},
-        }
-        options = torch.stack([candidates[k] for k in weights], 1)  # (B, strategies, N_m)
-        t[m.name] = options[torch.arange(batch), choice]
-    return t
+    names = parse_mixture(mixture)
+    t_ref = torch.randint(1, T + 1, (batch, layout.S), generator=generator)  # line 4
+    # Line 3, once per example and not once per batch, since Alg. 1 is called for one z_0.
+    choice = torch.randint(len(names), (batch,), generator=generator)
+    drawn = []
+    for name in names:
+        if name.startswith("task:"):
+            drawn.append(torch.where(task_mask(name.removeprefix("task:"), layout), 0, t_ref[:, :1]))
+        else:
+            drawn.append(STRATEGIES[name](t_ref, layout))
+    return torch.stack(drawn)[choice, torch.arange(batch)]
 
 
-# ---------------------------------------------------------------------------------------
-# The network [Sec. 4, Fig. 5]
-# ---------------------------------------------------------------------------------------
+# --- The network [Sec. 4, Fig. 5] -----------------------------------------------------------------------------------
 
 
 def sinusoid(x, dim):
-    """(..., dim) sines and cosines of x (...,) at periods from 2 pi to 2 pi 10000; x is a timestep or milliseconds."""
+    """x (...,) -> (..., dim): cosines and sines of x with periods from 2 pi to 2 pi 10000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
     angles = x[..., None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def modulate(x, shift, scale, modalities):
-    """Scale and shift tokens x, (B, L, d), by their segment's vectors, (B, S, d), without copying those per token."""
+def modulate(x, shift, scale, layout):
+    """AdaLN's shift and scale, (B, S, d) each, for tokens x (B, L, d). No copy per token is made of them."""
     parts = []
-    segments = [m.N for m in modalities]
-    tokens = x.split([m.N * m.P for m in modalities], 1)
-    for m, x_m, shift_m, scale_m in zip(modalities, tokens, shift.split(segments, 1), scale.split(segments, 1)):
+    vectors = zip(shift.split(layout.lengths, 1), scale.split(layout.lengths, 1))
+    for m, x_m, (shift_m, scale_m) in zip(layout.modalities, x.split(layout.tokens, 1), vectors):
         x_m = x_m.unflatten(1, (m.N, m.P)) * (1 + scale_m[:, :, None]) + shift_m[:, :, None]  # (B, N_m, P_m, d)
         parts.append(x_m.flatten(1, 2))
     return torch.cat(parts, 1)
 
 
 def attention(q, k, v):
-    """(B, heads, L, d / heads) each. In float32 where a CPU would do few tokens in bf16: that gradient is slow."""
+    """(B, heads, L, d / heads) each. PyTorch's bf16 kernel for CPUs is slow on few tokens: there float32 is used."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < 512:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -214,317 +232,283 @@ def attention(q, k, v):
 
 
 class Block(nn.Module):
-    """Transformer layer with AdaLN: every segment's scale and shift come from its own timestep [Sec. 4]."""
+    """Transformer layer with AdaLN: each segment's shift and scale come from its own timestep [Sec. 4]."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.ada = nn.Linear(dim, 4 * dim)  # two (shift, scale) pairs, no gates: the paper's 420 M parameters say so
+        # Two (shift, scale) pairs and no gates: the text names none, and with them the paper's 420 M would be 453 M.
+        self.ada = nn.Linear(dim, 4 * dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)  # a bias on keys would have exactly zero gradient
         self.attend = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        for out in (self.attend, self.mlp[-1]):  # each residual branch starts at zero, in place of adaLN-Zero's gates
-            nn.init.zeros_(out.weight)
-            nn.init.zeros_(out.bias)
+        for last in (self.attend, self.mlp[-1]):  # each residual branch starts at zero, as gates would make it
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
-    def forward(self, x, c, modalities):
-        # x (B, L, d) tokens, c (B, S, d) one vector per segment
-        shift1, scale1, shift2, scale2 = self.ada(c).chunk(4, -1)
-        h = modulate(self.norm(x), shift1, scale1, modalities)
-        q, k, v = rearrange(self.qkv(h), "b l (three h e) -> three b h l e", three=3, h=self.heads)
-        h = attention(q, k, v)  # every token sees all tokens of all modalities
-        x = x + self.attend(rearrange(h, "b h l e -> b l (h e)"))
-        return x + self.mlp(modulate(self.norm(x), shift2, scale2, modalities))
+    def forward(self, x, cond, layout):
+        # x (B, L, d) tokens; cond (B, S, d) the embedding of the timestep vector
+        shift1, scale1, shift2, scale2 = self.ada(cond).chunk(4, -1)
+        y = modulate(self.norm(x), shift1, scale1, layout)
+        q, k, v = rearrange(self.qkv(y), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        y = attention(q, k, v)  # every token sees all tokens of all modalities
+        x = x + self.attend(rearrange(y, "b h l e -> b l (h e)"))
+        return x + self.mlp(modulate(self.norm(x), shift2, scale2, layout))
 
 
 class AVDiT(nn.Module):
-    """The joint noise prediction network [Sec. 4].
+    """The joint noise prediction network [Sec. 4]; `prediction` "eps" regresses the noise [Eq. 6], "v" a eps - s z0, as
+    W.A.L.T does. ValueError unless dim is even and divisible by heads."""
 
-    modalities   list of Modality, the time reference first
-    dim          d, divisible by heads and by 2
-    prediction   "eps" regresses the noise [Eq. 6]; "v" regresses a eps - s z0
-    """
-
-    def __init__(self, modalities, dim, depth, heads, prediction="eps"):
+    def __init__(self, layout, dim, depth, heads, prediction="eps"):
         super().__init__()
         check_choice("prediction", prediction, ("eps", "v"))
         if dim % heads or dim % 2:
             raise ValueError(f"dim {dim} must be even and divisible by heads {heads}")
-        self.modalities, self.dim, self.prediction = list(modalities), dim, prediction
+        self.layout, self.dim, self.prediction = layout, dim, prediction
+        modalities = layout.modalities
         # z_t and the self-conditioning estimate enter side by side, hence 2 d_m.
         self.project_in = nn.ModuleDict({m.name: nn.Linear(2 * m.channels, dim) for m in modalities})
         self.project_out = nn.ModuleDict({m.name: nn.Linear(dim, m.channels) for m in modalities})
-        # Temporal positions start as sinusoids of the segment's midpoint, so that segments of two modalities that
-        # happen together start alike; spatial positions (one for audio) also tell the modalities apart. They start as
-        # large as the temporal ones: at a tenth of that the model is slow to see where in the picture a token lies.
-        self.time = nn.ParameterDict({m.name: nn.Parameter(sinusoid(1000 * m.midpoints, dim)) for m in modalities})
+        # Positions in time start as sinusoids of the midpoint, so that segments of two modalities that coincide start
+        # alike. In milliseconds, because the sinusoid's periods suit numbers up to some thousands, such as t.
+        middle = layout.split(1000 * (layout.starts + layout.ends) / 2)
+        self.time = nn.ParameterDict({name: nn.Parameter(sinusoid(x, dim)) for name, x in middle.items()})
+        # Positions in space tell the modalities apart too. They start as large as those in time: at a tenth of that
+        # the model is slow to learn where in the picture a token lies.
         self.space = nn.ParameterDict({m.name: nn.Parameter(0.5 * torch.randn(m.P, dim)) for m in modalities})
         self.embed = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada = nn.Linear(dim, 2 * dim)
-        for m in modalities:
-            nn.init.zeros_(self.project_out[m.name].weight)
-            nn.init.zeros_(self.project_out[m.name].bias)
+        self.register_buffer("z_max", torch.full((layout.E,), math.inf))  # bound of the self-conditioning estimate
+        for project in self.project_out.values():
+            nn.init.zeros_(project.weight)
+            nn.init.zeros_(project.bias)
 
-    def forward(self, z_t, t, z0_prev=None):
-        """Dicts z_t (B, N_m, *grid, d_m), t (B, N_m), z0_prev like z_t or None (zeros) -> dict like z_t."""
-        x, c = [], []
-        for m in self.modalities:
-            z = z_t[m.name]
-            prev = torch.zeros_like(z) if z0_prev is None else z0_prev[m.name]
-            z = torch.cat([z, prev], -1).reshape(len(z), m.N, m.P, 2 * m.channels)
-            z = self.project_in[m.name](z) + self.time[m.name][:, None] + self.space[m.name]  # (B, N_m, P_m, d)
-            x.append(z.flatten(1, 2))
-            time = self.time[m.name].expand(len(z), -1, -1) + self.space[m.name].mean(0)
-            c.append(torch.cat([sinusoid(t[m.name], self.dim), time], -1))  # (B, N_m, 2 d)
+    def forward(self, z, t, z0_prev=None):
+        """z_t (B, E), t (B, S), the last estimate of z0 (B, E) or None for none -> prediction (B, E)."""
+        z0_prev = torch.zeros_like(z) if z0_prev is None else z0_prev.clamp(-self.z_max, self.z_max)
+        z, z0_prev = self.layout.unpack(z), self.layout.unpack(z0_prev)
+        x, places = [], []
+        for m in self.layout.modalities:
+            both = torch.cat([z[m.name], z0_prev[m.name]], -1).reshape(-1, m.N, m.P, 2 * m.channels)
+            x_m = self.project_in[m.name](both) + self.time[m.name][:, None] + self.space[m.name]  # (B, N_m, P_m, d)
+            x.append(x_m.flatten(1, 2))
+            places.append(self.time[m.name] + self.space[m.name].mean(0))  # (N_m, d)
         x = torch.cat(x, 1)  # (B, L, d)
-        c = self.embed(torch.cat(c, 1))  # (B, S, d): the embedding of the timestep vector
+        # The embedding of the timestep vector: Sec. 4 makes it from timesteps and positions, so that a layer can treat
+        # the same noise level differently in different segments and modalities.
+        places = torch.cat(places).expand(len(t), -1, -1)
+        cond = self.embed(torch.cat([sinusoid(t, self.dim), places], -1))  # (B, S, d)
         for block in self.blocks:
-            x = block(x, c, self.modalities)
-        x = modulate(self.norm(x), *self.ada(c).chunk(2, -1), self.modalities)
-        x = x.split([m.N * m.P for m in self.modalities], 1)
-        return {m.name: self.project_out[m.name](x_m).reshape(-1, *m.shape) for m, x_m in zip(self.modalities, x)}
+            x = block(x, cond, self.layout)
+        shift, scale = self.ada(cond).chunk(2, -1)
+        x = modulate(self.norm(x), shift, scale, self.layout).split(self.layout.tokens, 1)
+        return torch.cat([self.project_out[name](x_m).flatten(1) for name, x_m in zip(self.layout.names, x)], 1)
 
 
-# ---------------------------------------------------------------------------------------
-# Training [Sec. 3.1, Alg. 2]
-# ---------------------------------------------------------------------------------------
+def predict(model, schedule, layout, z, t, z0_prev=None):
+    """Call the model and turn its prediction into estimates of (z0, eps), (B, E) each. At t = 0, z0 is z itself."""
+    out = model(z, t, z0_prev)
+    a, s = schedule.scales(layout, t)
+    if getattr(model, "prediction", "eps") == "v":
+        return a * z - s * out, s * z + a * out
+    return (z - s * out) / a, out
 
 
-def self_condition(z0_hat, z_t, t, z_max):
-    """What the next pass is shown beside z_t: the estimate of z0, and the clean value only where t is 0 [App. B].
+# --- Training [Sec. 3.1, Alg. 2] ------------------------------------------------------------------------------------
 
-    The estimate at high noise divides by a tiny `a` under eps-prediction, so it is clamped to z_max[m], the largest
-    |z| seen when the tokenizer was fitted (None: not clamped).
+
+def loss_weights(schedule, layout, t, noise_power=0.0):
+    """What each segment's mean squared error counts in the loss: (B, S), in all 1, and 0 where it is given, t = 0.
+
+    Elements weigh s^noise_power. 0 is [Eq. 6], all alike; with 1 those at low noise, whose error is detail, count less.
     """
-    if z_max is not None:
-        z0_hat = {m: z0_hat[m].clamp(-z_max[m], z_max[m]) for m in z0_hat}
-    return {m: torch.where(per_segment(t[m], z_t[m]) == 0, z_t[m], z0_hat[m]) for m in z_t}
+    weight = torch.where(t > 0, schedule.s[t] ** noise_power, 0) * layout.sizes.to(t.device)
+    return weight / weight.sum().clamp(min=1e-8)
 
 
-def predict(model, schedule, z_t, t, z0_prev=None):
-    """One pass of the model, turned into dicts (z0_hat, eps_hat). A callable without .prediction predicts eps."""
-    out = model(z_t, t, z0_prev)
-    kind = getattr(model, "prediction", "eps")
-    pairs = {m: schedule.estimates(z_t[m], t[m], out[m], kind) for m in z_t}
-    return {m: z0 for m, (z0, _) in pairs.items()}, {m: eps for m, (_, eps) in pairs.items()}
+def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditioning=False):
+    """Lines 5 to 11 of [Alg. 2]: z0, eps (B, E), t (B, S) -> the loss [Eq. 6]; squared errors (B, S) without gradient.
 
-
-def loss_weights(schedule, t, noise_power=0.0):
-    """Weight of every segment in the loss, a dict (B, N_m) like t: s^noise_power, and 0 where it is given [Eq. 3].
-
-    A power of 0 is Eq. 6; 1 cares less for the last faint noise and more for what only the other segments can tell.
+    weight             (B, S) of loss_weights (None: as in Eq. 6). For a part of a batch, its rows of the whole batch's:
+                       then the losses of the parts add up to the batch's.
+    self_conditioning  call the model once without gradient and show it its own estimate; the caller tosses the coin,
+                       one a step, at rate 0.9 [App. B]
     """
-    return {m: torch.where(x > 0, schedule.s[x] ** noise_power, 0) for m, x in t.items()}
-
-
-def training_loss(model, schedule, z0, t, eps, *, self_conditioning=False, z_max=None, noise_power=0.0, t_batch=None,
-                  return_errors=False):  # fmt: skip
-    """Lines 5 to 11 of Alg. 2 [Eq. 6]: mean squared error of the model's output over all elements with t > 0.
-
-    z0, eps            dicts (B, N_m, *grid, d_m);  t: dict (B, N_m)
-    self_conditioning  first run the model without gradient and feed its estimate; the caller tosses the coin, one a
-                       step, true at rate 0.9 [App. B]
-    noise_power        see loss_weights
-    t_batch            where z0 is a part of a batch, the t of all of it: the parts' losses add up to the batch's
-    return_errors      also return the mean squared error of every segment, a dict (B, N_m), without gradient
-    """
-    z_t = {m: schedule.add_noise(z0[m], eps[m], t[m]) for m in z0}
+    a, s = schedule.scales(layout, t)
+    z_t = a * z0 + s * eps  # [Eq. 5]
     z0_prev = None
     if self_conditioning:
         with torch.no_grad():
-            z0_hat, _ = predict(model, schedule, z_t, t)
-            z0_prev = self_condition(z0_hat, z_t, t, z_max)
-    out = model(z_t, t, z0_prev)
-    weights, all_weights = (loss_weights(schedule, x, noise_power) for x in (t, t_batch or t))
-    total, count, errors = 0, 0, {}
-    for m in z0:
-        square = (out[m] - schedule.target(z0[m], eps[m], t[m], getattr(model, "prediction", "eps"))).square()
-        errors[m] = square.detach().flatten(2).mean(-1)
-        total = total + (per_segment(weights[m], square) * square).sum()
-        count = count + all_weights[m].sum() * square[0, 0].numel()
-    loss = total / count.clamp(min=1e-8)
-    return (loss, errors) if return_errors else loss
+            z0_hat, _ = predict(model, schedule, layout, z_t, t)
+            z0_prev = torch.where(layout.per_element(t == 0), z_t, z0_hat)
+    target = a * eps - s * z0 if getattr(model, "prediction", "eps") == "v" else eps
+    errors = layout.per_segment((model(z_t, t, z0_prev) - target).square())
+    weight = loss_weights(schedule, layout, t) if weight is None else weight
+    return (weight * errors).sum(), errors.detach()
 
 
-# ---------------------------------------------------------------------------------------
-# Tasks are masks [Sec. 3.3, Sec. 6.2]
-# ---------------------------------------------------------------------------------------
+# --- Samplers [Alg. 3, Alg. 4, App. B] -----------------------------------------------------------------------------
+# One step down. All arguments are (B, E): every element steps from its own t to its own t_next [Eq. 4], and where both
+# are 0 it stays. `last` is (t, z0_hat) of the step before, None in the first. A sampler is such a function and a name.
 
 
-def span_mask(modality, start, end):
-    """(N_m,) bool: the segments wholly inside start..end seconds (to a microsecond)."""
-    edges = torch.tensor(modality.edges, dtype=torch.float64)
-    return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6)
+def noise_like(z, generator):
+    """Standard normal noise, drawn where the generator lives, so that the same seed gives the same on every device."""
+    device = generator.device if generator else z.device
+    return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
 
 
-def task_mask(task, modalities):
-    """Which segments a task gives: dict of bool (N_m,), True = given. ValueError names the valid tasks.
+def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator):
+    """Line 5 of [Alg. 3], line 7 of [Alg. 4], with sigma^2 = beta. alpha is that of a step from t to t_next.
 
-    "joint" gives nothing, "a2v" all audio, "v2a" all video, "continue" the first two segments of the time reference
-    (5 frames, 0.625 s), "continue-2s" the first (1 frame, 0.125 s) [App. F], "inpaint" the first and the last.
+    DIFFERS FROM PAPER: Sec. 2 prints the factor sqrt(alpha) in mu, the algorithms 1 / sqrt(alpha), which is right.
+    Alg. 3 prints alpha_bar_t where its index is tau.
     """
-    e = modalities[0].edges
-    if task in ("a2v", "v2a"):
-        given = {"a2v": "audio", "v2a": "video"}[task]
-        if given not in [m.name for m in modalities]:
-            raise ValueError(f"task {task} needs a modality named {given}")
-        return {m.name: torch.full((m.N,), m.name == given) for m in modalities}
-    spans = {"joint": [], "continue": [e[:3]], "continue-2s": [e[:2]], "inpaint": [e[:2], e[-2:]]}
-    if task not in spans:
-        raise ValueError(f"unknown task {task!r}: use {', '.join(TASKS)}")
-    none = {m.name: torch.zeros(m.N, dtype=torch.bool) for m in modalities}
-    return {m.name: sum((span_mask(m, s[0], s[-1]) for s in spans[task]), none[m.name]) for m in modalities}
-
-
-# ---------------------------------------------------------------------------------------
-# Sampling [Sec. 3.3, Alg. 3, Alg. 4, App. E]
-# ---------------------------------------------------------------------------------------
-
-
-def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, noise, last=None):
-    """Line 5 of Alg. 3, line 7 of Alg. 4, from t to t_next <= t: every element steps down from its own t [Eq. 4]."""
-    (a, s), (a_next, _) = schedule.scales(t, z), schedule.scales(t_next, z)
-    # DIFFERS FROM PAPER: the factor in front is 1 / sqrt(alpha), Sec. 2 prints sqrt(alpha_bar); the noise's divisor is
-    # sqrt(1 - alpha_bar), Alg. 3 and 4 print alpha. A respaced step's alpha is alpha_bar[t] / alpha_bar[t_next]; its
-    # beta, 1 - alpha, would lose its digits at small t if it were subtracted in float32.
     log_alpha = (schedule.log_alpha_bar[:, t] - schedule.log_alpha_bar[:, t_next]).sum(0)
-    beta = per_segment(-torch.expm1(log_alpha), z)
-    mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat)
-    return mean + torch.where(per_segment(t_next, z) > 0, beta.sqrt() * noise, 0)  # sigma^2 = beta
+    beta = -torch.expm1(log_alpha)  # 1 - alpha, without losing digits where alpha is close to 1
+    mean = schedule.a[t_next] / schedule.a[t] * (z - beta / schedule.s[t].clamp(min=1e-8) * eps_hat)
+    return mean + torch.where(t_next > 0, beta.sqrt() * noise_like(z, generator), 0)
 
 
-def ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, noise=None, last=None):
-    """DDIM with eta = 0, the paper's sampler [App. B]: keep the estimated noise, lower its share."""
-    a_next, s_next = schedule.scales(t_next, z)
-    return a_next * z0_hat + s_next * eps_hat
+def ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator):
+    """DDIM with eta = 0, the paper's sampler [App. B]: mix the two estimates again, at the next level."""
+    return schedule.a[t_next] * z0_hat + schedule.s[t_next] * eps_hat
 
 
-def dpmpp_2m_step(schedule, z, t, t_next, z0_hat, eps_hat, noise=None, last=None):
-    """DPM-Solver++(2M) [Lu et al. 2022]: DDIM from the estimate as it should be half a step later.
+def dpmpp_2m_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator):
+    """DPM-Solver++(2M) [Lu et al. 2022]: DDIM with the estimate that is to be expected half a step later.
 
-    `last`, the (t, z0_hat) of the step before or None, tells how it moves: in a straight line over log(a^2 / s^2), of
-    every element from its own t. The first step, and the one to t = 0, which has no end there, are plain DDIM.
+    The estimate is taken to move on a straight line over the log of the signal-to-noise ratio, through its last value
+    and this one. The first step, and the one to t = 0, where that logarithm is infinite, are plain DDIM.
     """
     if last:
         t_last, z0_last = last
         before, now, after = (schedule.log_snr[x] for x in (t_last, t, t_next))
-        ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half this step, in last steps
-        change = per_segment(ratio, z) * (z0_hat - z0_last)
-        a, s = schedule.scales(t, z)
-        z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # still z = a z0_hat + s eps_hat
-    return ddim_step(schedule, z, t, t_next, z0_hat, eps_hat)
-
-
-def unconditional(z, t, z0_prev, dropped, noise, T):
-    """The inputs (z, t, z0_prev) as they are without a condition: pure noise at t = T where `dropped` [App. E].
-
-    DIFFERS FROM PAPER: [Eq. 15] noises the wanted part; by the prose and [Fig. 10] it is the GIVEN part. Its clean
-    value is withheld from self-conditioning too, or the condition would leak.
-    """
-    t = {m: torch.where(dropped[m].flatten(1), T, t[m]) for m in z}
-    z0_prev = z0_prev and {m: torch.where(dropped[m], 0, z0_prev[m]) for m in z}
-    return {m: torch.where(dropped[m], noise[m], z[m]) for m in z}, t, z0_prev
-
-
-def guide(model, schedule, cond, uncond, s):
-    """Classifier-free guidance, on all channels [Eq. 13, Eq. 14, Eq. 16, Eq. 17]; z0 and eps are guided alike.
-
-    cond, uncond: the inputs (z, t, z0_prev) of the two passes, which are one call of the model, of twice the batch.
-    """
-    both = [c and {m: torch.cat([c[m], u[m]]) for m in c} for c, u in zip(cond, uncond)]
-    halves = [{m: x.chunk(2) for m, x in out.items()} for out in predict(model, schedule, *both)]
-    return [{m: (1 + s) * c - s * u for m, (c, u) in out.items()} for out in halves]
+        ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half of this step, in last steps
+        change = ratio * (z0_hat - z0_last)
+        z0_hat = z0_hat + change
+        eps_hat = eps_hat - schedule.a[t] / schedule.s[t].clamp(min=1e-8) * change  # z = a z0_hat + s eps_hat again
+    return ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator)
 
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}
-METHODS = ("monl", "replacement", "reconstruction")
+
+
+# --- Sampling [Sec. 3.3, Alg. 3, Alg. 4], guidance for free [App. E] ------------------------------------------------
+
+
+def respaced(schedule, steps, device):
+    """The timesteps of K = `steps` steps, round(linspace(T, 0, K + 1)); K = T is Alg. 3's own. ValueError if too many.
+
+    As a list of tensors: Python numbers would make a new XLA program of every step.
+    """
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"steps is {steps}: use 1 to {schedule.T}")
+    taus = torch.linspace(schedule.T, 0, steps + 1, dtype=torch.float64).round().long()
+    return [torch.tensor(tau, device=device) for tau in taus.tolist()]
+
+
+def guide(model, schedule, layout, z, t, z0_prev, dropped, noise, guidance):
+    """Classifier-free guidance for free: predict() with and without the `dropped` segments, (B, S), extrapolated.
+
+    Without a segment means: pure noise in its place, at t = T [App. E, Fig. 10, Fig. 11]. Its clean value is withheld
+    from self-conditioning too, or the condition would leak. Both are one call of the model, of twice the batch.
+
+    DIFFERS FROM PAPER: [Eq. 15] prints noise for the wanted part; by the prose and Fig. 10 it is the GIVEN part.
+    """
+    gone = layout.per_element(dropped)
+    z = torch.cat([z, torch.where(gone, noise, z)])
+    t = torch.cat([t, torch.where(dropped, schedule.T, t)])
+    z0_prev = torch.cat([z0_prev, torch.where(gone, 0, z0_prev)])
+    halves = [x.chunk(2) for x in predict(model, schedule, layout, z, t, z0_prev)]
+    return [(1 + guidance) * cond - guidance * uncond for cond, uncond in halves]  # [Eq. 13, 14, 16, 17]
 
 
 @torch.no_grad()
-def generate(model, schedule, z0, given, *, steps=250, sampler="ddim", guidance=0.0, guidance_drop=None,
-             method="monl", strength=0.02, z_max=None, generator=None, on_step=None):  # fmt: skip
-    """Generate the segments that are not given [Alg. 3, Alg. 4, Eq. 7] -> dict like z0.
+def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", guidance=0.0, guidance_drop=None,
+             generator=None, on_step=None):  # fmt: skip
+    """Generate the segments that are not given [Alg. 3, Alg. 4, Eq. 7] -> (B, E).
 
-    model          any callable (z_t, t, z0_prev) -> dict; without .prediction it predicts eps
-    z0             dict (B, N_m, *grid, d_m): clean values where given; whatever lies elsewhere is never used
-    given          dict of bool (N_m,) or (B, N_m); given segments come back bit-identical
-    steps          K: t = round(linspace(T, 0, K + 1)); K = T is Alg. 3
-    sampler        "ddim", "ddpm" or "dpmpp_2m", which needs few steps
-    guidance       s of Eq. 16: (1 + s) cond - s uncond, 0 is none (others write w = 1 + s)
-    guidance_drop  names of the modalities whose given part the unconditional pass noises (None: all) [Fig. 11]
-    method         "monl" [Sec. 3.3], or what a model without MoNL needs: "replacement", "reconstruction" [App. C.2]
-    strength       lambda of reconstruction guidance [Eq. 9]
-    z_max          see self_condition
-    on_step        on_step(i, steps) after step i = 1..steps: progress, an accelerator's step mark
+    model          any callable like AVDiT, (z, t, z0_prev) -> (B, E); without .prediction it predicts eps
+    z0             (B, E): clean values where given; the rest is never used
+    given          bool (S,) or (B, S); given segments come back bit-identical
+    sampler        a name in SAMPLERS; dpmpp_2m needs few steps
+    guidance       s of Eq. 16: (1 + s) cond - s uncond, 0 is none. Others write w = 1 + s.
+    guidance_drop  names of the modalities that the unconditional pass does without, None: all that is given
+    on_step        on_step(i, steps) after step i = 1..steps: for progress, and for an accelerator's step mark
     ValueError where an argument is none of these.
     """
     check_choice("sampler", sampler, SAMPLERS)
-    check_choice("method", method, METHODS)
-    for m in guidance_drop or ():
-        check_choice("modality to drop", m, z0)
-    if not 1 <= steps <= schedule.T:
-        raise ValueError(f"steps is {steps}: use 1 to {schedule.T}")
-    monl, reconstruct = method == "monl", method == "reconstruction"
-    if guidance and not monl:
-        raise ValueError(f"guidance tells the given part by its t = 0: use method monl, not {method}")
-    device = next(iter(z0.values())).device
-    fixed = {m: per_segment(given[m].to(device), z0[m]) for m in z0}  # bool (B, N_m, 1, ...)
-    dropped = {m: fixed[m] & (guidance_drop is None or m in guidance_drop) for m in z0}
-    guided = guidance and any(x.any() for x in dropped.values())  # away from nothing there is nothing to guide
-    clean = {m: torch.where(fixed[m], z0[m], 0) for m in z0}
-
-    def noise():  # drawn where the generator lives, so that every device sees the same
-        kind = {"generator": generator, "device": generator.device if generator else device}
-        return {m: torch.randn(z.shape, dtype=z.dtype, **kind).to(device) for m, z in z0.items()}
-
-    def pick(mask, yes, no):
-        return {m: torch.where(mask[m], yes[m], no[m]) for m in z0}
-
-    def levels(tau):  # the timestep vector: tau on all that is wanted, 0 on what MoNL is given [Eq. 7]
-        return {m: torch.where(fixed[m] & monl, 0, tau).flatten(1) for m in z0}  # (B, N_m)
-
-    def truth(t):  # the given part as the model sees it: clean at t = 0, or noised to the level of the rest
-        return clean if monl else {m: schedule.add_noise(clean[m], eps, t[m]) for m, eps in noise().items()}
-
-    taus = torch.linspace(schedule.T, 0, steps + 1).round().long().tolist()
-    taus = [torch.tensor(tau, device=device) for tau in taus]  # tensors: Python numbers would recompile an XLA graph
-    step, z, z0_prev, last = SAMPLERS[sampler], noise(), None, dict.fromkeys(z0)  # line 1 of Alg. 3 and 4
-    shown = truth(levels(taus[0]))
-    for i in range(steps):
-        # DIFFERS FROM PAPER: Alg. 3 and 4 print t = tau I where every entry of the vector equals tau.
-        t, t_next = levels(taus[i]), levels(taus[i + 1])
-        z = pick(fixed, shown, z)
-        fresh = noise() if sampler == "ddpm" else dict.fromkeys(z0)
-        with torch.set_grad_enabled(reconstruct):
-            z = {m: z[m].requires_grad_(reconstruct) for m in z0}
-            inputs = z, t, z0_prev
-            if guided:
-                free = unconditional(*inputs, dropped, noise(), schedule.T)
-                z0_hat, eps_hat = guide(model, schedule, inputs, free, guidance)
-            else:
-                z0_hat, eps_hat = predict(model, schedule, *inputs)
-            # [Eq. 4, Eq. 7, Eq. 8, Eq. 10]: one step down, of every element from its own t
-            z_next = {m: step(schedule, z[m], t[m], t_next[m], z0_hat[m], eps_hat[m], fresh[m], last[m]) for m in z0}
-        shown = truth(t_next)
-        if reconstruct:  # [Eq. 9, Eq. 11, Eq. 12]: move the wanted part so that the given part comes out true
-            with torch.enable_grad():
-                error = sum(torch.where(fixed[m], z_next[m] - shown[m], 0).square().sum() for m in z0)
-            # DIFFERS FROM PAPER: the gradient is taken in the step's input; in its output, as printed, it is zero.
-            grad = dict(zip(z0, torch.autograd.grad(error, list(z.values()))))
-            z_next = {m: z_next[m] - strength * schedule.scales(t_next[m], z[m])[1] * grad[m] for m in z0}
-        z0_prev = self_condition(z0_hat, z, t, z_max)
-        z, last = z_next, {m: (t[m], z0_hat[m].detach()) for m in z0}
+    taus = respaced(schedule, steps, z0.device)
+    given = given.to(z0.device).expand(len(z0), -1)  # (B, S)
+    held = layout.per_element(given)  # (B, E)
+    dropped = given & layout.of(guidance_drop or layout.names).to(z0.device)
+    guided = guidance and dropped.any()
+    z, z0_prev, last = noise_like(z0, generator), torch.zeros_like(z0), None  # line 1
+    for i, (tau, tau_next) in enumerate(pairwise(taus)):
+        # DIFFERS FROM PAPER: t = tau I in line 4 of Alg. 3 and line 5 of Alg. 4 means that these entries equal tau;
+        # (m_c + 1 : M, N) in line 6 means all N segments.
+        t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5
+        z = torch.where(held, z0, z)
+        if guided:
+            noise = noise_like(z, generator)
+            z0_hat, eps_hat = guide(model, schedule, layout, z, t, z0_prev, dropped, noise, guidance)
+        else:
+            z0_hat, eps_hat = predict(model, schedule, layout, z, t, z0_prev)  # line 6
+        t, t_next = layout.per_element(t), layout.per_element(t_next)
+        z = SAMPLERS[sampler](schedule, z, t, t_next, z0_hat, eps_hat, last, generator)  # line 7
+        z0_prev, last = torch.where(held, z0, z0_hat), (t, z0_hat)
         if on_step:
             on_step(i + 1, steps)
-    return pick(fixed, z0, z)
+    return torch.where(held, z0, z)
 
 
-# ---------------------------------------------------------------------------------------
-# Presets [App. B] and the tour
-# ---------------------------------------------------------------------------------------
+# --- The baselines [App. C.2]: what a model must do that was never shown a timestep vector --------------------------
+
+
+@torch.no_grad()
+def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps=250, sampler="ddim",
+                            generator=None, on_step=None):  # fmt: skip
+    """As generate(), but with one t for all segments: before each step the given part is replaced by noised truth.
+
+    strength  lambda of reconstruction guidance, 0.02 in the paper. After each step the wanted part also moves against
+              the gradient of the squared error that the step made in the given part [Eq. 8 to 12]. 0: replacement alone.
+
+    DIFFERS FROM PAPER: the norm in [Eq. 9] is squared, as in [Eq. 11, Eq. 12]. The gradient is taken in the step's
+    input; in one output of the step, as printed, an error in the other output has none. The given part enters [Eq. 10]
+    noised, as it does [Eq. 8].
+    """
+    check_choice("sampler", sampler, SAMPLERS)
+    taus = respaced(schedule, steps, z0.device)
+    given = given.to(z0.device).expand(len(z0), -1)  # (B, S)
+    held = layout.per_element(given)
+    clean = torch.where(held, z0, 0)
+    z, z0_prev, last = noise_like(z0, generator), torch.zeros_like(z0), None
+    a, s = schedule.scales(layout, taus[0].expand_as(given))
+    truth = a * clean + s * noise_like(z, generator)
+    for i, (tau, tau_next) in enumerate(pairwise(taus)):
+        t, t_next = tau.expand_as(given), tau_next.expand_as(given)
+        with torch.set_grad_enabled(strength > 0):
+            z = torch.where(held, truth, z).requires_grad_(strength > 0)
+            z0_hat, eps_hat = predict(model, schedule, layout, z, t, z0_prev)
+            t = layout.per_element(t)
+            z_next = SAMPLERS[sampler](schedule, z, t, layout.per_element(t_next), z0_hat, eps_hat, last, generator)
+            a, s = schedule.scales(layout, t_next)
+            truth = a * clean + s * noise_like(z, generator)
+            if strength:
+                error = torch.where(held, z_next - truth, 0).square().sum()
+                z_next = z_next - strength * s * torch.autograd.grad(error, z)[0]
+        z, z0_prev, last = z_next.detach(), z0_hat.detach(), (t, z0_hat.detach())
+        if on_step:
+            on_step(i + 1, steps)
+    return torch.where(held, z0, z)
+
+
+# --- Presets [App. B] -----------------------------------------------------------------------------------------------
 
 
 def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17):
@@ -553,17 +537,17 @@ class Preset:
     lr: float
     warmup: int
     ema: float  # decay of the averaged weights that are sampled from
-    noise_power: float  # see training_loss
+    noise_power: float  # see loss_weights
     sampler: str
     sampling_steps: int
 
-    def model(self, modalities=None, prediction=None):
+    def model(self, layout, prediction=None):
         """The network at this preset's size, for its own modalities or for others."""
-        return AVDiT(modalities or self.modalities, self.dim, self.depth, self.heads, prediction or self.prediction)
+        return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction)
 
 
 PRESETS = {
-    # The toy world of data.py: four minutes on two CPU cores. With eps its two modalities stay strangers, hence v.
+    # The toy world of data.py: four minutes on two CPU cores. Here eps leaves the two modalities unrelated, hence v.
     "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 64), dim=128, depth=4, heads=4, prediction="v",
                   batch=64, steps=1900, optimizer="muon", lr=6e-3, warmup=100, ema=0.995, noise_power=1,
                   sampler="dpmpp_2m", sampling_steps=20),
@@ -575,30 +559,22 @@ PRESETS = {
 
 
 def tour():
-    """Print the strategies as pictures, the presets, and where each equation lives in this file."""
-    modalities, shades = PRESETS["toy"].modalities, " .:-=+*#%@"
-    print("The timestep vector of one example, one character a segment, from ' ' (t near 0) to '@' (t near T):\n")
+    """Print the four strategies as pictures of a timestep vector, and the presets."""
+    layout, shades = Layout(PRESETS["toy"].modalities), " .:-=+*#%@"
+    print("The timestep vector of one example, from ' ' (t near 0) to '@' (t near T); each segment as wide as it lasts:\n")
     for strategy in STRATEGIES:
-        t = sample_timesteps(strategy, modalities, 1, 1000, torch.Generator().manual_seed(3))
-        for m in modalities:  # each segment as wide as it lasts
-            width = [round((b - a) * 32) for a, b in zip(m.edges, m.edges[1:])]
-            row = "".join(shades[(x - 1) // 100] * w for x, w in zip(t[m.name][0].tolist(), width))
+        t = layout.split(sample_timesteps(strategy, layout, 1, 1000, torch.Generator().manual_seed(3))[0])
+        for m in layout.modalities:
+            width = [round((end - start) * 32) for start, end in pairwise(m.edges)]
+            row = "".join(shades[(x - 1) // 100] * w for x, w in zip(t[m.name].tolist(), width))
             print(f"  {strategy:8} {m.name:6} |{row}|")
         print()
     for name, preset in PRESETS.items():
+        layout = Layout(preset.modalities)
         with torch.device("meta"):  # shapes alone, no memory
-            count = sum(p.numel() for p in preset.model().parameters())
+            count = sum(p.numel() for p in preset.model(layout).parameters())
         shapes = ", ".join(f"{m.name} {m.shape}" for m in preset.modalities)
         print(f"preset {name}: {count / 1e6:.1f} M parameters, {preset.depth} layers, d = {preset.dim}, {shapes}")
-    print(f"\n  {'where in the paper':30} {'function':20} line")
-    with open(__file__, encoding="utf-8") as file:
-        source = file.read()
-    scopes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    for number, line in enumerate(source.splitlines(), 1):
-        around = [n for n in scopes if n.lineno <= number <= n.end_lineno]
-        for tag in re.findall(r"\[((?:Eq|Alg|Sec|App|Fig)\. [^]]+)\]", line):
-            name = max(around, key=lambda n: n.lineno).name if around else "-"
-            print(f"  {tag:30} {name:20} {number}")
 
 
 if __name__ == "__main__":

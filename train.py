@@ -1,4 +1,7 @@
-"""Train AVDiT on the toy world, a folder of clips or a file of latents [Alg. 2, App. B]. `python train.py --help`"""
+"""Train AVDiT on the toy world, a folder of clips or a file of latents [Alg. 2, App. B]. `python train.py --help`
+
+Every run is a resumed run: its first process writes step 0, and every process loads what OUT/ckpt.pt holds.
+"""
 
 import argparse
 import csv
@@ -10,106 +13,98 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from avdit import PRESETS, NoiseSchedule, av_modalities, parse_mixture, sample_timesteps, training_loss
-from data import FPS, RATE, SIZE, in_chunks, is_latents, load_clips, make_tokenizers, read_latents
+from avdit import PRESETS, NoiseSchedule, loss_weights, parse_mixture, training_loss
+from data import Media, Tokenizers, default_media, describe, draw, draw_noise, load_clips
 
-
-def flag(default, note, choices=None, within=None):
-    """A dataclass field that parse() turns into a command-line flag. [] takes several values; within: (least, most)."""
-    start = {"default_factory": list} if default == [] else {"default": default}
-    return field(**start, metadata={"note": note, "choices": choices, "within": within})
-
+# --- The command line -------------------------------------------------------------------------------------------------
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xla")
-COUNT, SEEDS = (1, 10**9), (0, 2**63 - 1)
-
-
-@dataclass
-class Config:
-    """Every setting of a run. None: as the preset or the data says."""
-
-    data: str = flag("toy", "toy, a folder of clips, or a .npz of latents")
-    preset: str = flag("toy", "size of the network and its training settings", tuple(PRESETS))
-    mixture: str = flag("monl", "noise levels: monl, vanilla, pm, pt, ptm, task:a2v ..., sums a+b, weights a*2+b")
-    steps: int = flag(None, "optimizer steps (default: the preset's)", within=COUNT)
-    batch: int = flag(None, "examples a step, of all processes and parts (default: the preset's)", within=(1, 2**16))
-    lr: float = flag(None, "peak learning rate (default: the preset's)", within=(1e-12, 10))
-    optimizer: str = flag(None, "adamw, or muon for the blocks' matrices (default: the preset's)", ("adamw", "muon"))
-    prediction: str = flag(None, "what the network regresses (default: the preset's)", ("eps", "v"))
-    fps: int = flag(None, "frames a second of a folder's clips (default 8)", within=(1, 240))
-    size: int = flag(None, "height and width of a folder's clips, a multiple of 16 (default 64)", within=(16, 1024))
-    sample_rate: int = flag(None, "samples a second of a folder's sound (default 16000)", within=(1000, 192000))
-    device: str = flag("auto", "where to compute", DEVICES)
-    dtype: str = flag("auto", "precision of products; auto: bf16 where the chip has it", ("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "compile the network (needs a C++ compiler; pays on long runs)")
-    accumulate: int = flag(1, "parts a batch is computed in, to save memory", within=COUNT)
-    save_every: int = flag(500, "steps between checkpoints", within=COUNT)
-    seed: int = flag(0, "seed of weights and batches", within=SEEDS)
-    out: str = flag("runs/toy", "folder of ckpt.pt and log.csv")
-    resume: bool = flag(False, "continue from the checkpoint in --out, if there is one")
+FREE = ("device", "compile", "accumulate", "save_every", "out")  # these may differ when a run goes on
 
 
 class Parser(argparse.ArgumentParser):
+    """A user's mistake gets one line on stderr and exit status 2."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message):
-        sys.exit(fail(message))
+        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
+
+    @contextmanager
+    def guarding(self, remedy):
+        """What is wrong with the input or too large for the machine ends here; errors of ours keep their traceback."""
+        try:
+            yield
+        except (ValueError, OSError) as why:
+            self.error(why)
+        except (MemoryError, RuntimeError) as why:
+            if not isinstance(why, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(why):
+                raise
+            self.error(f"out of memory: {remedy}")
 
 
-def fail(message):
-    """One line on stderr -> exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
+def number(kind, least, most):
+    """An argument's type: an int or a float within bounds."""
+
+    def read(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+        return value
+
+    read.__name__ = kind.__name__  # what argparse calls it
+    return read
 
 
-def out_of_memory(why, remedy):
-    """The same where that is what an error says. Other errors are ours, and keep their traceback."""
-    if not isinstance(why, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(why):
-        raise why
-    return fail(f"out of memory: {remedy}")
+def make_parser():
+    choice = Parser(add_help=False)  # these two decide the defaults of others
+    choice.add_argument("--data", default="toy", help="toy, a folder of clips, or a .npz of latents (%(default)s)")
+    choice.add_argument("--preset", default="toy", choices=PRESETS, help="network and training settings (%(default)s)")
+    chosen, _ = choice.parse_known_args()
+    preset, media = PRESETS[chosen.preset], default_media(chosen.data)
+    count = number(int, 1, 10**9)
+    parser = Parser(description=__doc__.split("`")[0], parents=[choice])
+    add = parser.add_argument
+    add("--mixture", default="monl", help="noise levels: vanilla, pm, pt, ptm, task:a2v ..., sums as pt+pm+pm (%(default)s)")
+    add("--steps", type=count, default=preset.steps, help="optimizer steps (%(default)s)")
+    add("--batch", type=number(int, 1, 2**16), default=preset.batch, help="examples a step, all in all (%(default)s)")
+    add("--lr", type=number(float, 1e-12, 10), default=preset.lr, help="peak learning rate (%(default)s)")
+    add("--optimizer", default=preset.optimizer, choices=("adamw", "muon"), help="muon: for the blocks' matrices (%(default)s)")
+    add("--prediction", default=preset.prediction, choices=("eps", "v"), help="what the network regresses (%(default)s)")
+    add("--fps", type=number(int, 1, 240), default=media.fps, help="frames a second of a folder's clips (%(default)s)")
+    add("--size", type=number(int, 16, 1024), default=media.size, help="their height and width (%(default)s)")
+    add("--sample-rate", type=number(int, 1000, 192000), default=media.sample_rate, help="of their sound (%(default)s)")
+    add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of products; auto: bf16 where the chip has it")
+    add("--compile", action="store_true", help="compile the network (needs a C++ compiler; pays on long runs)")
+    add("--accumulate", type=count, default=1, help="parts a batch is computed in, to save memory (%(default)s)")
+    add("--save-every", type=count, default=500, help="steps between checkpoints (%(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and batches (%(default)s)")
+    add("--out", default="runs/toy", help="folder of ckpt.pt and log.csv; a run found there goes on (%(default)s)")
+    return parser
 
 
-def parse(config_class, about):
-    """Read the command line into a dataclass made of flag()s; --help shows each field's note."""
-    parser = Parser(description=about, allow_abbrev=False)
-    for f in fields(config_class):
-        name, note = "--" + f.name.replace("_", "-"), f.metadata["note"]
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", help=note)
-        elif f.type is list:
-            parser.add_argument(name, nargs="+", action="extend", default=[], help=note)
-        else:
-            note += "" if f.default is None else f" (default {f.default})"
-            parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata["choices"], help=note)
-    config = config_class(**vars(parser.parse_args()))
-    for f in fields(config_class):
-        value, within = getattr(config, f.name), f.metadata["within"]
-        if within and value is not None and not within[0] <= value <= within[1]:
-            parser.error(f"--{f.name.replace('_', '-')} must be from {within[0]} to {within[1]}, not {value}")
-    return config
-
-
-# ---------------------------------------------------------------------------------------
-# Where a run computes: all that is known here of torch.distributed and torch_xla
-# ---------------------------------------------------------------------------------------
+# --- Where a run computes: all that is known here of torch.distributed and torch_xla ----------------------------------
 
 
 def open_device(name):
     """-> torch.device. ValueError names those that are here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here["xla"] = importlib.util.find_spec("torch_xla") is not None  # after the CPU: auto never takes it
-    if name == "auto":
-        name = next(k for k in here if here[k])
-    if not here[name]:
-        raise ValueError(f"no {name} here: use {', '.join(k for k in here if here[k])} or auto")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    here = [found.type] if found and found.type in DEVICES else []
+    here += ["cpu"] + ["xla"] * bool(importlib.util.find_spec("torch_xla"))  # auto never takes xla
+    name = here[0] if name == "auto" else name
+    if name not in here:
+        raise ValueError(f"no {name} here: use {', '.join(here)} or auto")
     if name == "xla":
         import torch_xla
 
@@ -134,7 +129,7 @@ def precision(name, device):
 
         native = runtime.device_type() != "CPU"
     else:
-        chip = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        chip = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
         native = chip.get("avx512_bf16") or chip.get("amx_bf16")
     enabled = name == "bf16" or (name == "auto" and bool(native))
     # No cache of weights in bf16: torch 2.9 would fill it in the pass without gradient, and cut off the next one's.
@@ -146,7 +141,7 @@ class Machine:
     average their gradients; or one process that spreads every batch over all XLA devices (SPMD).
 
     rank   number of this process; the first one speaks and saves for all
-    world  processes that share a batch
+    world  processes that share a batch;  part: which part of it this process computes
     parts  into how many equal parts a batch is divided
     """
 
@@ -169,6 +164,7 @@ class Machine:
 
                 dist.init_process_group("gloo", init_method="xla://")
         self.device = open_device(name)
+        self.part = self.rank % self.world  # on a pod every host names all examples
         self.parts = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
         if self.world > 1:
             if self.device.type == "cuda":
@@ -182,186 +178,145 @@ class Machine:
 
     def rows(self, batch, accumulate):
         """The examples of a batch that this process computes, in turn."""
-        mine = self.rank % self.world  # on a pod every host names all examples
-        return [part.chunk(self.world)[mine] for part in torch.arange(batch).chunk(accumulate)]
+        return [part.chunk(self.world)[self.part] for part in torch.arange(batch).chunk(accumulate)]
 
-    def put(self, xs):
-        """Dict of tensors (examples, ...) -> the same on the device; every XLA device holds its share of them."""
-        xs = {m: x.to(self.device) for m, x in xs.items()}
+    def put(self, *tensors):
+        """Tensors (examples, ...) -> the same on the device; every XLA device holds its share of the examples."""
+        tensors = [x.to(self.device) for x in tensors]
         if self.mesh:
             from torch_xla.distributed import spmd
 
-            for x in xs.values():
+            for x in tensors:
                 spmd.mark_sharding(x, self.mesh, ("batch", *[None] * (x.ndim - 1)))
-        return xs
+        return tensors
 
     def share(self, model):
         """The model, called so that processes average their gradients."""
         if self.world == 1:
             return model
-        net = DistributedDataParallel(model)
+        net = DistributedDataParallel(model, broadcast_buffers=False)
         net.prediction = model.prediction
         return net
 
-    def agree(self, tokenizer):
-        """Take the first process's: the same fit elsewhere may differ by rounding, and so by whole directions."""
-        for x in tokenizer.state_dict().values() if dist.is_initialized() else ():
-            dist.broadcast(x, 0)
-
     def total(self, x):
-        """Sum x over the processes, in place."""
-        if dist.is_initialized():
+        """x summed over the processes, which wait for each other here. (On XLA's devices each host has the sum already.)"""
+        x = x.clone()
+        if dist.is_initialized() and x.device.type != "xla":
             dist.all_reduce(x)
         return x
 
 
-def complete(config):
-    """Check a Config and fill in what the preset and the data decide -> modalities. ValueError says what is wrong."""
-    preset = PRESETS[config.preset]
-    for name in ("steps", "batch", "lr", "optimizer", "prediction"):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(preset, name))
-    parse_mixture(config.mixture)
-    media = {"fps": 8, "size": 64, "sample_rate": 16000}
-    if config.data == "toy" or is_latents(config.data):
-        if any(getattr(config, name) is not None for name in media):
-            raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {config.data}")
-        media = {"fps": FPS, "size": SIZE, "sample_rate": RATE}
-    elif not Path(config.data).is_dir():
-        raise ValueError(f"--data {config.data} is neither toy nor a folder nor a .npz file")
-    for name, value in media.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-    if config.compile and config.device == "xla":
-        raise ValueError("--compile is for other devices: XLA compiles everything")
-    if config.size % 16:
-        raise ValueError(f"--size {config.size} is not a multiple of 16")
-    hops, rest = divmod(config.sample_rate, 8 * config.fps)  # a sound segment lasts a frame, and has 8 hops
-    if not is_latents(config.data) and (rest or hops < 8):
-        nearest = 8 * config.fps * max(8, hops + (2 * rest > 8 * config.fps))
-        raise ValueError(f"--sample-rate {config.sample_rate} does not divide by 8 x --fps {config.fps}: use {nearest}")
-    if is_latents(config.data):
-        return read_latents(config.data)[1]
-    if config.data == "toy":
-        return PRESETS["toy"].modalities
-    # Real clips need more components than the ball to be recognised: these are wide.
-    return av_modalities(config.fps, 2 * (config.size // 16,), 192, 1 / config.fps, 96)
+# --- Optimizers -------------------------------------------------------------------------------------------------------
 
 
-def draw(config, modalities, examples, T, step):
-    """What is random in a step but the noise -> index (batch,), t, the coin of self-conditioning.
+class Muon(torch.optim.Optimizer):
+    """Momentum, its matrix made nearly orthogonal by Newton-Schulz rounds [Jordan et al. 2024], for matrices only.
 
-    A function of (seed, step) alone, for the whole batch: a resumed run, another number of processes and another device
-    see the batches they would have seen.
+    torch.optim.Muon does the same in bf16, which takes a CPU without bf16 instructions thirty times as long.
     """
-    word = np.random.SeedSequence([config.seed, step]).generate_state(1)  # torch's generator keeps 32 bits of a seed
-    g = torch.Generator().manual_seed(int(word[0]))
-    index = torch.randint(examples, (config.batch,), generator=g)
-    t = sample_timesteps(config.mixture, modalities, config.batch, T, g)
-    return index, t, torch.rand((), generator=g).item() < 0.9  # the paper's self-conditioning rate [App. B]
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.0, "weight_decay": 0.01, "scale": 2.5})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 0.05)
+                update = p.grad.lerp(momentum, 0.95)  # Nesterov's
+                update = update / update.norm().clamp(min=1e-7)
+                wide = update if p.shape[0] <= p.shape[1] else update.mT
+                for _ in range(3):
+                    gram = wide @ wide.mT
+                    wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
+                update = wide if p.shape[0] <= p.shape[1] else wide.mT
+                rate = 0.2 * math.sqrt(max(p.shape)) * group["lr"]  # as large a step as AdamW's
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * update)
 
 
-def draw_noise(config, modalities, step, rows):
-    """eps of the batch's examples `rows`, each from (seed, step, its number): nobody draws what others need."""
-    words = np.random.SeedSequence([config.seed, step, 1]).generate_state(config.batch)
-    eps = {m.name: torch.empty(len(rows), *m.shape) for m in modalities}
-    for i, row in enumerate(rows.tolist()):
-        g = torch.Generator().manual_seed(int(words[row]))
-        for m in modalities:
-            torch.randn(m.shape, generator=g, out=eps[m.name][i])
-    return eps
-
-
-def make_optimizers(config, model, device):
+def make_optimizers(name, model):
     """-> {name: optimizer}. AdamW for all parameters [App. B]; or Muon for the blocks' matrices, AdamW for the rest.
 
-    Muon takes 2.5 times the learning rate, and three Newton-Schulz rounds for its five: by trial on the toy world.
+    The paper gives no betas and no weight decay: these are ours. Muon's rate, 2.5 times AdamW's, and its three rounds
+    in place of five were found by trial on the toy world.
     """
     rest, matrices = [], []
-    for name, p in model.named_parameters():
-        muon = config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+    for key, p in model.named_parameters():
+        muon = name == "muon" and key.startswith("blocks.") and p.ndim == 2
         (matrices if muon else rest).append(p)
-    fused = device.type in ("cpu", "cuda")
-    optimizers = {"adamw": torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=fused)}
-    if matrices:
-        group = {"params": matrices, "scale": 2.5}
-        optimizers["muon"] = torch.optim.Muon([group], weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw")
-    return optimizers
+    fused = rest[0].device.type in ("cpu", "cuda")
+    optimizers = {"adamw": torch.optim.AdamW([{"params": rest, "scale": 1}], betas=(0.9, 0.99), fused=fused)}
+    return {**optimizers, "muon": Muon(matrices)} if matrices else optimizers
 
 
-def learning_rate(config, step):
+def learning_rate(args, step):
     """Linear warm-up, then a cosine to zero [App. B]."""
-    warm = min(1, (step + 1) / PRESETS[config.preset].warmup)
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    warm = min(1, (step + 1) / PRESETS[args.preset].warmup)
+    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+# --- Progress ---------------------------------------------------------------------------------------------------------
 
 
 class Log:
     """log.csv and the progress line: loss by modality and by ten bins of noise level since the last line.
 
-    The sums stay on the device between lines, so that no step waits for them, and travel in the checkpoint.
+    The sums stay on the device between lines, so that no step waits for them. They and all lines travel in the
+    checkpoint, and log.csv is written anew from them.
     """
 
     EVERY, BINS = 50, 10
 
-    def __init__(self, path, modalities, machine):
-        self.path, self.machine = path, machine
-        self.elements = torch.tensor([m.P * m.channels for m in modalities])[:, None]
-        bins = [f"{m.name}_t{k * 100 + 1}_{k * 100 + 100}" for m in modalities for k in range(self.BINS)]
-        self.header = ["step", "loss", *(m.name for m in modalities), *bins]
-        self.sums = torch.zeros(2, len(modalities), self.BINS, device=machine.device)  # errors, counts
+    def __init__(self, path, layout, machine):
+        self.path, self.layout, self.machine = path, layout, machine
+        bins = [f"{name}_t{k * 100 + 1}_{k * 100 + 100}" for name in layout.names for k in range(self.BINS)]
+        self.rows = [["step", "loss", *layout.names, *bins]]
+        self.sums = torch.zeros(2, layout.S, self.BINS, device=machine.device)  # errors, counts
 
     def state_dict(self):
-        return {"sums": self.sums}
+        return {"sums": self.machine.total(self.sums), "rows": self.rows}
 
     def load_state_dict(self, state):
-        if self.machine.world == 1 or not self.machine.rank:  # they are of all processes
+        self.rows = [list(row) for row in state["rows"]]
+        if self.machine.part == 0:  # the sums are of all processes
             self.sums.copy_(state["sums"])
 
-    def open(self, step):
-        """Start log.csv, or drop the lines a resumed run will write again, and one that was cut off."""
+    def start(self, step):
         self.since = (step, time.monotonic())
-        if self.machine.rank:
-            return
-        rows = csv.reader(self.path.open()) if step and self.path.exists() else []
-        rows = [row for row in rows if len(row) == len(self.header) and row[0].isdigit() and int(row[0]) <= step]
-        with replacing(self.path) as partial, partial.open("w", newline="") as file:
-            csv.writer(file).writerows([self.header, *rows])
+        self.write_file()
+
+    def write_file(self):
+        if self.machine.rank == 0:
+            with replacing(self.path) as partial, partial.open("w", newline="") as file:
+                csv.writer(file).writerows(self.rows)
 
     def add(self, errors, t, T):
-        """errors and t: dicts (B, N_m)."""
-        for i, m in enumerate(errors):
-            share = F.one_hot((t[m] - 1).clamp(min=0) * self.BINS // T, self.BINS) * (t[m] > 0)[..., None]
-            self.sums[0, i] += (share * errors[m][..., None]).sum((0, 1))
-            self.sums[1, i] += share.sum((0, 1))
-
-    def gather(self, step):
-        """Leave the sums over all processes with the first one. FloatingPointError if a loss was not finite."""
-        sums = self.machine.total(self.sums) if self.machine.world > 1 else self.sums
-        if not sums.isfinite().all():
-            raise FloatingPointError(f"the loss is not finite at step {step}")
-        if self.machine.world > 1 and self.machine.rank:
-            self.sums.zero_()
+        """errors and t (B, S)."""
+        share = F.one_hot((t - 1).clamp(min=0) * self.BINS // T, self.BINS) * (t > 0)[..., None]  # (B, S, BINS)
+        self.sums[0] += (share * errors[..., None]).sum(0)
+        self.sums[1] += share.sum(0)
 
     def write(self, step, steps):
-        errors, counts = self.sums.cpu().clone()  # on a CPU .cpu() is the tensor itself
+        errors, counts = self.machine.total(self.sums).cpu().mT  # (BINS, S) each
         self.sums.zero_()
-        if self.machine.rank:
-            return
-        loss = (errors * self.elements).sum() / (counts * self.elements).sum()
-        values = [loss, *(errors.sum(1) / counts.sum(1)), *(errors / counts).flatten()]
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([step, *("" if v.isnan() else f"{v:.6f}" for v in values)])  # "": nothing there
+        loss = (errors @ self.layout.sizes.float()).sum() / (counts @ self.layout.sizes.float()).sum()
+        errors, counts = self.layout.split(errors), self.layout.split(counts)
+        bins = [errors[name].sum(1) / counts[name].sum(1) for name in errors]
+        values = [loss, *(errors[name].sum() / counts[name].sum() for name in errors), *torch.cat(bins)]
+        self.rows.append([str(step), *("" if v.isnan() else f"{v:.6f}" for v in values)])  # "": nothing was drawn there
+        self.write_file()
         speed = (step - self.since[0]) / (time.monotonic() - self.since[1])
         left = round((steps - step) / speed)
         line = f"step {step}/{steps}  loss {loss:.4f}  {speed:.1f} steps/s  {left // 60}:{left % 60:02} left"
         print(f"\r{line:70}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
-# ---------------------------------------------------------------------------------------
-# Nothing is lost: checkpoints
-# ---------------------------------------------------------------------------------------
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
 
-FORMAT = 1  # of checkpoints: a change that an older reader would misread adds one
+FORMAT = 2  # a change that another version would misread adds one
 
 
 @contextmanager
@@ -382,6 +337,27 @@ def save(path, state):
         os.fsync(file.fileno())  # or the new name may reach the disk before what it names
 
 
+@contextmanager
+def opened(path):
+    """A checkpoint's dict, for a block that does nothing but use it up. Nothing in the file is executed.
+
+    ValueError where the file is no checkpoint, is damaged, or where what it holds does not fit in the block.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise KeyError(f"it has format {state['format']}, this version reads {FORMAT}")
+        yield state
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as why:
+        raise ValueError(f"{path} is no checkpoint of this version of train.py, is damaged, or holds code, which is not "
+                         f"run ({type(why).__name__}: {why}): use another, or train again") from None  # fmt: skip
+
+
 def on_cpu(x):
     """Nested dicts and lists with every tensor on the CPU, which any machine can load."""
     if isinstance(x, dict):
@@ -391,177 +367,123 @@ def on_cpu(x):
     return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
-@contextmanager
-def reading(path):
-    """Whatever fails because a checkpoint's contents do not fit becomes one ValueError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError) as why:
-        raise ValueError(f"{path} is damaged or does not fit this version ({why}): train again") from None
+def save_run(ckpt, step, args, run, machine):
+    """Write a checkpoint, once for all processes, which go on when it is there."""
+    states = {name: part.state_dict() for name, part in run.items()}
+    state = on_cpu(states) if machine.mesh or machine.rank == 0 else {}  # XLA's hosts must all do the same
+    if machine.rank == 0:
+        modalities = [asdict(m) for m in run["model"].layout.modalities]
+        save(ckpt, {"format": FORMAT, "step": step, "config": vars(args), "modalities": modalities, **state})
+    machine.total(torch.zeros(()))
 
 
-def load(path):
-    """A checkpoint's dict. Nothing in the file is executed. ValueError says what is wrong with it and what to do."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not look at the checksums
-                raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it") from None
-    except Exception as why:  # torch.load raises many kinds on a file that is no checkpoint
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is another kind of file, damaged, or holds code, "
-                         f"which is not run ({type(why).__name__}); use another or train again") from None  # fmt: skip
-    if not isinstance(state, dict) or not {"model", "ema", "step", "config", "modalities"} <= set(state):
-        raise ValueError(f"{path} is not a checkpoint of train.py: name the ckpt.pt that it wrote")
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}: "
-                         "train again, or use the version that wrote it")  # fmt: skip
-    return state
+def check_finite(run, machine, step):
+    """FloatingPointError if the loss or the weights broke: such a run is not saved."""
+    for what, tensors in (("loss is", [machine.total(run["log"].sums)]), ("weights are", run["model"].parameters())):
+        if not torch.stack([x.isfinite().all() for x in tensors]).all():
+            raise FloatingPointError(f"the {what} not finite at step {step}")
 
 
-def fill(config, parts, saved):
-    """Load the parts of a run from its checkpoint."""
-    with reading(Path(config.out) / "ckpt.pt"):
-        for name, part in parts.items():
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def begin(args, machine, layout, ckpt):
+    """-> the parts of the run as ckpt holds them, the latents of all clips, the step. Where ckpt is not, it is made."""
+    media, preset = Media(args.fps, args.size, args.sample_rate), PRESETS[args.preset]
+    torch.manual_seed(args.seed)
+    model = preset.model(layout, args.prediction).to(machine.device)
+    run = {"model": model, "ema": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))}
+    run |= make_optimizers(args.optimizer, model)
+    run |= {"tokenizers": Tokenizers(args.data, layout, media), "log": Log(ckpt.parent / "log.csv", layout, machine)}
+    clips, fresh = None, machine.total(torch.tensor(int(machine.rank == 0 and not ckpt.exists()))) > 0
+    if fresh:
+        print(f"reading {args.data} ...", flush=True)
+        clips = load_clips(args.data, "train", layout, media)
+        ckpt.parent.mkdir(parents=True, exist_ok=True)
+        some = {name: x[:1024] for name, x in clips.items()}
+        run["tokenizers"].fit(some)
+        largest = [z.abs().max().expand(n) for z, n in zip(layout.unpack(run["tokenizers"].encode(some)).values(), layout.lengths)]
+        model.z_max.copy_(layout.per_element(torch.cat(largest)))
+        save_run(ckpt, 0, args, run, machine)
+    with opened(ckpt) as saved:
+        step, before = saved["step"], {name: saved["config"][name] for name in vars(args) if name not in FREE}
+        changed = [name for name in before if before[name] != vars(args)[name]]
+        alike = saved["modalities"] == [asdict(m) for m in layout.modalities]
+        for name, part in run.items() if alike and not changed else ():
             part.load_state_dict(saved[name])
-
-
-def prepare(config, modalities, machine, saved):
-    """Load the clips, fit the tokenizers or take the saved run's, encode everything once -> latents, tokenizers."""
-    print(f"reading {config.data} ...", flush=True)
-    clips = load_clips(config.data, "train", modalities, config.fps, config.size, config.sample_rate)
-    tokenizers = make_tokenizers(config.data, modalities, config.size, config.sample_rate)
-    if saved:
-        fill(config, {"tokenizers": tokenizers}, saved)
-    for m, tokenizer in tokenizers.items() if not saved else ():
-        tokenizer.fit(clips[m][:1024])
-        machine.agree(tokenizer)
-    return {m: in_chunks(tokenizer.encode, clips[m]) for m, tokenizer in tokenizers.items()}, tokenizers
-
-
-def find(config, path, modalities):
-    """The checkpoint that --resume continues from, or None. ValueError where it is of another run than config's."""
-    if not path.exists():
-        print(f"nothing saved in {config.out}: starting fresh")
-        return None
-    state = load(path)
-    with reading(path):
-        for name, now in asdict(config).items():
-            before = state["config"][name]
-            if before != now and name not in ("resume", "device", "save_every", "out", "compile", "accumulate"):
-                raise ValueError(f"--resume: {path} was trained with {name} {before}, not {now}")
-        if state["modalities"] != described(modalities):
-            raise ValueError(f"--resume: {path} was trained on other modalities than {config.data} has")
-    return state
-
-
-def described(modalities):
-    return [asdict(m) for m in modalities]
-
-
-def check_weights(model, step):
-    """FloatingPointError if they are broken: then they are never written."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise FloatingPointError(f"the weights are not finite at step {step}")
-
-
-def checkpoint(step, config, modalities, parts):
-    """-> all that a run is at this step."""
-    about = {"format": FORMAT, "step": step, "config": asdict(config), "modalities": described(modalities)}
-    return {**on_cpu({name: part.state_dict() for name, part in parts.items()}), **about}
+    for name in changed:
+        raise ValueError(f"{ckpt} is of a run with --{name} {before[name]}, not {vars(args)[name]}: use another --out")
+    if not alike:
+        raise ValueError(f"{ckpt} is of a run on other modalities than {args.data} has: use another --out")
+    if step == args.steps:
+        return run, None, step
+    if step:
+        print(f"going on at step {step} of {ckpt}; reading {args.data} ...", flush=True)
+    clips = clips or load_clips(args.data, "train", layout, media)
+    return run, run["tokenizers"].encode(clips), step
 
 
 @contextmanager
 def signals_noted():
-    """A list that Ctrl-C and SIGTERM add to, in place of stopping at once: the step under way can end and be saved."""
+    """A list to which the first Ctrl-C or SIGTERM is added: the step under way can end and be saved. A second one stops."""
     noted = []
-    before = {s: signal.signal(s, lambda number, _: noted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def begin(config, modalities, machine):
-    """-> latents of all clips, the parts of a checkpoint, the first step."""
-    out, preset = Path(config.out), PRESETS[config.preset]
-    if config.batch % (config.accumulate * machine.parts):
-        among = f"--accumulate {config.accumulate} parts on {machine.parts} devices"
-        raise ValueError(f"--batch {config.batch} does not divide into {among}")
-    out.mkdir(parents=True, exist_ok=True)
-    ckpt = out / "ckpt.pt"
-    saved = find(config, ckpt, modalities) if config.resume else None
-    first = saved["step"] if saved else 0
-    if machine.total(torch.tensor(first)) != first * machine.total(torch.tensor(1)):
-        raise ValueError(f"the processes do not see the same {ckpt}: --out must be a folder that they share")
-    torch.manual_seed(config.seed)
-    model = preset.model(modalities, config.prediction).to(machine.device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
-    log = Log(out / "log.csv", modalities, machine)
-    parts = {"model": model, "ema": ema, **make_optimizers(config, model, machine.device), "log": log}
-    if saved:
-        fill(config, parts, saved)
-        print(f"resuming at step {first}")
-    latents, parts["tokenizers"] = prepare(config, modalities, machine, saved)
-    if ckpt.exists() and not saved and not machine.rank:
-        earlier = out / f"earlier-{len(list(out.glob('earlier-*.pt'))) + 1}"
-        for old in (ckpt, log.path):
-            if old.exists():
-                old.replace(earlier.with_suffix(old.suffix))
-        print(f"kept an earlier run's checkpoint and log as {earlier}.pt, .csv")
-    log.open(first)
-    return latents, parts, first
-
-
-def train(config, modalities):
-    machine, preset, ckpt = Machine(config.device), PRESETS[config.preset], Path(config.out) / "ckpt.pt"
-    device, schedule = machine.device, NoiseSchedule().to(machine.device)
-    latents, parts, first = begin(config, modalities, machine)
-    model, log, optimizers = parts["model"], parts["log"], [parts[k] for k in ("adamw", "muon") if k in parts]
-    z_max = {m: tokenizer.z_max.item() for m, tokenizer in parts["tokenizers"].items()}
+def train(args):
+    machine, preset, ckpt = Machine(args.device), PRESETS[args.preset], Path(args.out) / "ckpt.pt"
+    layout = describe(args.data, Media(args.fps, args.size, args.sample_rate))
+    parse_mixture(args.mixture)  # before anything is read
+    if args.compile and machine.mesh:
+        raise ValueError("--compile is for other devices: XLA compiles everything")
+    if args.batch % (args.accumulate * machine.parts):
+        among = f"--accumulate {args.accumulate} parts on {machine.parts} devices"
+        raise ValueError(f"--batch {args.batch} does not divide into {among}")
+    run, z, first = begin(args, machine, layout, ckpt)
+    model, log, optimizers = run["model"], run["log"], [run[name] for name in ("adamw", "muon") if name in run]
+    table, schedule = NoiseSchedule(), NoiseSchedule().to(machine.device)
     net = machine.share(model)
-    net = torch.compile(net) if config.compile else net
+    net = torch.compile(net) if args.compile else net
+    log.start(first)
     with signals_noted() as noted:
-        for step in range(first, config.steps):
-            index, t, self_conditioning = draw(config, modalities, len(latents["video"]), schedule.T, step)
-            t_batch = {m: x.to(device) for m, x in t.items()}
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = learning_rate(config, step) * group.get("scale", 1)
+        for step in range(first, args.steps):
+            index, t, self_conditioning = draw(args.seed, step, len(z), args.batch, args.mixture, layout, schedule.T)
+            weight = loss_weights(table, layout, t, preset.noise_power)  # of the whole batch
+            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+                group["lr"] = learning_rate(args, step) * group["scale"]
             model.zero_grad()
-            for rows in machine.rows(config.batch, config.accumulate):
-                z0 = machine.put({m: z[index[rows]] for m, z in latents.items()})
-                t_rows = machine.put({m: x[rows] for m, x in t.items()})
-                eps = machine.put(draw_noise(config, modalities, step, rows))
-                with precision(config.dtype, device):
-                    loss, errors = training_loss(
-                        net, schedule, z0, t_rows, eps, self_conditioning=self_conditioning, z_max=z_max,
-                        noise_power=preset.noise_power, t_batch=t_batch, return_errors=True,
-                    )  # fmt: skip
+            for rows in machine.rows(args.batch, args.accumulate):
+                eps = draw_noise(args.seed, step, rows, layout.E)
+                z0, t_rows, eps, weight_rows = machine.put(z[index[rows]], t[rows], eps, weight[rows])
+                with precision(args.dtype, machine.device):
+                    loss, errors = training_loss(net, schedule, layout, z0, t_rows, eps, weight_rows, self_conditioning)
                 (loss * machine.world).backward()  # parts' losses add up, but processes average their gradients
                 log.add(errors, t_rows, schedule.T)
-                end_step(device)
+                end_step(machine.device)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            parts["ema"].update_parameters(model)
-            end_step(device)
-            done, last = step + 1, step + 1 == config.steps
+            run["ema"].update_parameters(model)
+            end_step(machine.device)
+            done, last = step + 1, step + 1 == args.steps
             stop = machine.total(torch.tensor(len(noted))) > 0  # all processes after the same step
-            if done % log.EVERY == 0 or last:
-                log.gather(done)
-                log.write(done, config.steps)
-            if done % config.save_every == 0 or last or stop:
-                log.gather(done)
-                check_weights(model, done)
-                if machine.mesh or not machine.rank:  # XLA's hosts must all do the same on their devices
-                    state = checkpoint(done, config, modalities, parts)
-                if not machine.rank:
-                    save(ckpt, state)
-                machine.total(torch.zeros(()))  # nobody goes on, or away, before it is saved
+            line, keep = done % log.EVERY == 0 or last, done % args.save_every == 0 or last or stop
+            if line or keep:
+                check_finite(run, machine, done)
+            if line:
+                log.write(done, args.steps)
+            if keep:
+                save_run(ckpt, done, args, run, machine)
             if stop and not last:
                 raise KeyboardInterrupt("saved")
     print(f"\ndone: {ckpt}")
@@ -570,21 +492,17 @@ def train(config, modalities):
 
 
 def main():
-    config = parse(Config, __doc__.split("`")[0])
-    ckpt = Path(config.out) / "ckpt.pt"
+    parser = make_parser()
+    args = parser.parse_args()
     try:
-        train(config, complete(config))
-    except (ValueError, OSError) as why:
-        return fail(why)
-    except (MemoryError, RuntimeError) as why:
-        return out_of_memory(why, "use a smaller --batch, or more --accumulate for the same")
+        with parser.guarding("use a smaller --batch, or more --accumulate for the same"):
+            train(args)
     except FloatingPointError as why:
-        kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "nothing was saved"
-        print(f"\n{why}; {kept}", file=sys.stderr)
+        print(f"\n{why}; the last good checkpoint is {Path(args.out) / 'ckpt.pt'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as why:
         if os.environ.get("RANK", "0") == "0":
-            how = "saved: the same command with --resume continues" if why.args else "nothing new was saved"
+            how = "saved: the same command goes on from here" if why.args else "nothing new was saved"
             print(f"\nstopped, {how}", file=sys.stderr)
         return 130
     return 0
