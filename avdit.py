@@ -64,7 +64,7 @@ class Layout:
         self.starts = torch.cat([e[:-1] for e in edges])  # (S,) seconds
         self.ends = torch.cat([e[1:] for e in edges])
         offsets = accumulate([0, *self.lengths])
-        self.first = torch.cat([torch.full((n,), k) for n, k in zip(self.lengths, offsets)])  # (S,) of the same modality
+        self.first = torch.cat([torch.full((n,), k) for n, k in zip(self.lengths, offsets)])  # (S,) of its modality
         self.segment = self.per_element(torch.arange(self.S))  # (E,) which segment an element belongs to
         self.sizes = self.segment.bincount()  # (S,) elements of each segment
 
@@ -110,8 +110,8 @@ def check_choice(what, value, valid):
 
 
 class NoiseSchedule(nn.Module):
-    """Linear beta schedule [App. B]; the ends, which the paper does not give, are DDPM's. Tables are (T + 1,), and their
-    entry 0 is no noise at all. The product runs in float64: in float32 1 - alpha_bar loses its digits at small t."""
+    """Linear beta schedule [App. B]; its ends, which the paper does not give, are DDPM's. Tables are (T + 1,), entry 0
+    is no noise at all. The product runs in float64: in float32 1 - alpha_bar would lose its digits at small t."""
 
     def __init__(self, T=1000, beta_min=1e-4, beta_max=0.02):
         super().__init__()
@@ -156,7 +156,7 @@ def task_mask(task, layout):
 
 
 def coincident(layout):
-    """(S,) the segment of the time reference that contains each segment's midpoint [Sec. 3.1, footnote 4], or the last."""
+    """(S,) the time reference's segment that contains each one's midpoint, or its last [Sec. 3.1, footnote 4]."""
     boundaries = layout.starts[1 : layout.lengths[0]]
     return torch.bucketize((layout.starts + layout.ends) / 2, boundaries, right=True)
 
@@ -289,7 +289,9 @@ class AVDiT(nn.Module):
 
     def forward(self, z, t, z0_prev=None):
         """z_t (B, E), t (B, S), the last estimate of z0 (B, E) or None for none -> prediction (B, E)."""
-        z0_prev = torch.zeros_like(z) if z0_prev is None else z0_prev.clamp(-self.z_max, self.z_max)
+        z0_prev = torch.zeros_like(z) if z0_prev is None else z0_prev
+        clean = self.layout.per_element(t == 0)  # what is given is shown as it is, an estimate within its bound
+        z0_prev = torch.where(clean, z0_prev, z0_prev.clamp(-self.z_max, self.z_max))
         z, z0_prev = self.layout.unpack(z), self.layout.unpack(z0_prev)
         x, places = [], []
         for m in self.layout.modalities:
@@ -332,6 +334,7 @@ def loss_weights(schedule, layout, t, noise_power=0.0):
 
 def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditioning=False):
     """Lines 5 to 11 of [Alg. 2]: z0, eps (B, E), t (B, S) -> the loss [Eq. 6]; squared errors (B, S) without gradient.
+    One t for all segments is [Eq. 1, Eq. 2], a mixture task:NAME [Eq. 3].
 
     weight             (B, S) of loss_weights (None: as in Eq. 6). For a part of a batch, its rows of the whole batch's:
                        then the losses of the parts add up to the batch's.
@@ -343,17 +346,16 @@ def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditi
     z0_prev = None
     if self_conditioning:
         with torch.no_grad():
-            z0_hat, _ = predict(model, schedule, layout, z_t, t)
-            z0_prev = torch.where(layout.per_element(t == 0), z_t, z0_hat)
+            z0_prev, _ = predict(model, schedule, layout, z_t, t)
     target = a * eps - s * z0 if getattr(model, "prediction", "eps") == "v" else eps
     errors = layout.per_segment((model(z_t, t, z0_prev) - target).square())
     weight = loss_weights(schedule, layout, t) if weight is None else weight
     return (weight * errors).sum(), errors.detach()
 
 
-# --- Samplers [Alg. 3, Alg. 4, App. B] -----------------------------------------------------------------------------
-# One step down. All arguments are (B, E): every element steps from its own t to its own t_next [Eq. 4], and where both
-# are 0 it stays. `last` is (t, z0_hat) of the step before, None in the first. A sampler is such a function and a name.
+# --- Samplers [Alg. 3, Alg. 4, App. B] ----------------------------------------------------------------------------
+# One step down, from t to t_next (B, S): every segment from its own level to its own [Eq. 4], and where both are 0 it
+# stays. z and the estimates are (B, E); `last` is (t, z0_hat) of the step before, None in the first.
 
 
 def noise_like(z, generator):
@@ -362,24 +364,26 @@ def noise_like(z, generator):
     return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
 
 
-def ddpm_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator):
+def ddpm_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator):
     """Line 5 of [Alg. 3], line 7 of [Alg. 4], with sigma^2 = beta. alpha is that of a step from t to t_next.
 
     DIFFERS FROM PAPER: Sec. 2 prints the factor sqrt(alpha) in mu, the algorithms 1 / sqrt(alpha), which is right.
     Alg. 3 prints alpha_bar_t where its index is tau.
     """
+    (a, s), (a_next, _) = schedule.scales(layout, t), schedule.scales(layout, t_next)
     log_alpha = (schedule.log_alpha_bar[:, t] - schedule.log_alpha_bar[:, t_next]).sum(0)
-    beta = -torch.expm1(log_alpha)  # 1 - alpha, without losing digits where alpha is close to 1
-    mean = schedule.a[t_next] / schedule.a[t] * (z - beta / schedule.s[t].clamp(min=1e-8) * eps_hat)
-    return mean + torch.where(t_next > 0, beta.sqrt() * noise_like(z, generator), 0)
+    beta = layout.per_element(-torch.expm1(log_alpha))  # 1 - alpha, without losing digits where alpha is close to 1
+    mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat)
+    return mean + torch.where(layout.per_element(t_next) > 0, beta.sqrt() * noise_like(z, generator), 0)
 
 
-def ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator):
+def ddim_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator):
     """DDIM with eta = 0, the paper's sampler [App. B]: mix the two estimates again, at the next level."""
-    return schedule.a[t_next] * z0_hat + schedule.s[t_next] * eps_hat
+    a_next, s_next = schedule.scales(layout, t_next)
+    return a_next * z0_hat + s_next * eps_hat
 
 
-def dpmpp_2m_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator):
+def dpmpp_2m_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator):
     """DPM-Solver++(2M) [Lu et al. 2022]: DDIM with the estimate that is to be expected half a step later.
 
     The estimate is taken to move on a straight line over the log of the signal-to-noise ratio, through its last value
@@ -389,10 +393,10 @@ def dpmpp_2m_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator):
         t_last, z0_last = last
         before, now, after = (schedule.log_snr[x] for x in (t_last, t, t_next))
         ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half of this step, in last steps
-        change = ratio * (z0_hat - z0_last)
-        z0_hat = z0_hat + change
-        eps_hat = eps_hat - schedule.a[t] / schedule.s[t].clamp(min=1e-8) * change  # z = a z0_hat + s eps_hat again
-    return ddim_step(schedule, z, t, t_next, z0_hat, eps_hat, last, generator)
+        change = layout.per_element(ratio) * (z0_hat - z0_last)
+        a, s = schedule.scales(layout, t)
+        z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # z = a z0_hat + s eps_hat again
+    return ddim_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator)
 
 
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}
@@ -425,7 +429,7 @@ def guide(model, schedule, layout, z, t, z0_prev, dropped, noise, guidance):
     t = torch.cat([t, torch.where(dropped, schedule.T, t)])
     z0_prev = torch.cat([z0_prev, torch.where(gone, 0, z0_prev)])
     halves = [x.chunk(2) for x in predict(model, schedule, layout, z, t, z0_prev)]
-    return [(1 + guidance) * cond - guidance * uncond for cond, uncond in halves]  # [Eq. 13, 14, 16, 17]
+    return [(1 + guidance) * cond - guidance * uncond for cond, uncond in halves]  # [Eq. 13, Eq. 14, Eq. 16, Eq. 17]
 
 
 @torch.no_grad()
@@ -459,8 +463,7 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
             z0_hat, eps_hat = guide(model, schedule, layout, z, t, z0_prev, dropped, noise, guidance)
         else:
             z0_hat, eps_hat = predict(model, schedule, layout, z, t, z0_prev)  # line 6
-        t, t_next = layout.per_element(t), layout.per_element(t_next)
-        z = SAMPLERS[sampler](schedule, z, t, t_next, z0_hat, eps_hat, last, generator)  # line 7
+        z = SAMPLERS[sampler](schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator)  # line 7
         z0_prev, last = torch.where(held, z0, z0_hat), (t, z0_hat)
         if on_step:
             on_step(i + 1, steps)
@@ -475,8 +478,8 @@ def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps
                             generator=None, on_step=None):  # fmt: skip
     """As generate(), but with one t for all segments: before each step the given part is replaced by noised truth.
 
-    strength  lambda of reconstruction guidance, 0.02 in the paper. After each step the wanted part also moves against
-              the gradient of the squared error that the step made in the given part [Eq. 8 to 12]. 0: replacement alone.
+    strength  lambda of reconstruction guidance [Eq. 8, Eq. 9, Eq. 10, Eq. 11, Eq. 12], 0.02 in the paper: after a step
+              the wanted part also moves against the gradient of the step's squared error in the given part. 0: none
 
     DIFFERS FROM PAPER: the norm in [Eq. 9] is squared, as in [Eq. 11, Eq. 12]. The gradient is taken in the step's
     input; in one output of the step, as printed, an error in the other output has none. The given part enters [Eq. 10]
@@ -495,8 +498,7 @@ def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps
         with torch.set_grad_enabled(strength > 0):
             z = torch.where(held, truth, z).requires_grad_(strength > 0)
             z0_hat, eps_hat = predict(model, schedule, layout, z, t, z0_prev)
-            t = layout.per_element(t)
-            z_next = SAMPLERS[sampler](schedule, z, t, layout.per_element(t_next), z0_hat, eps_hat, last, generator)
+            z_next = SAMPLERS[sampler](schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator)
             a, s = schedule.scales(layout, t_next)
             truth = a * clean + s * noise_like(z, generator)
             if strength:
@@ -561,7 +563,7 @@ PRESETS = {
 def tour():
     """Print the four strategies as pictures of a timestep vector, and the presets."""
     layout, shades = Layout(PRESETS["toy"].modalities), " .:-=+*#%@"
-    print("The timestep vector of one example, from ' ' (t near 0) to '@' (t near T); each segment as wide as it lasts:\n")
+    print("A timestep vector, from ' ' (t near 0) to '@' (t near T); each segment is as wide as it lasts:\n")
     for strategy in STRATEGIES:
         t = layout.split(sample_timesteps(strategy, layout, 1, 1000, torch.Generator().manual_seed(3))[0])
         for m in layout.modalities:

@@ -207,7 +207,7 @@ class SpectrumTokenizer(nn.Module):
 
     def griffin_lim(self, magnitude, rounds=60, momentum=0.99):  # (n, lines, hops) -> (n, samples)
         seed = torch.Generator().manual_seed(0)  # the same first guess for every clip, whatever the batch
-        phase = 2 * math.pi * torch.rand(magnitude.shape[1:], generator=seed).to(magnitude.device)
+        phase = 2 * math.pi * torch.rand(magnitude.mT.shape[1:], generator=seed).T.to(magnitude.device)
         angle, before = torch.polar(torch.ones_like(phase), phase), 0
         for _ in range(rounds):
             now = self.stft(self.istft(magnitude * angle))
@@ -370,16 +370,16 @@ def folder_clips(folder, split, layout, media):
 def read_latents(path):
     """-> latents, a dict of float32 (n, N_m, *grid, d_m), and their Layout. ValueError says what is wrong.
 
-    Every array X with an array X_edges beside it is a modality. "video", or else the first, is the time reference.
+    Every pair of arrays X and X_edges is a modality. "video", or else the first, is the time reference.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except Exception as why:  # np.load raises many kinds on a file that is no .npz
         raise ValueError(f"{path} is no .npz of plain arrays ({why})") from None
-    names = sorted((k for k in arrays if f"{k}_edges" in arrays), key=lambda name: name != "video")
-    if not names:
-        raise ValueError(f"{path} must hold arrays such as video and video_edges; it holds {', '.join(arrays)}")
+    names = sorted((k for k in arrays if not k.endswith("_edges")), key=lambda name: name != "video")
+    if not names or {*names, *(f"{name}_edges" for name in names)} != set(arrays):
+        raise ValueError(f"{path} must hold pairs such as video and video_edges; it holds {', '.join(arrays)}")
     latents, modalities = {}, []
     for name in names:
         z, edges = arrays[name], arrays[f"{name}_edges"]

@@ -21,7 +21,7 @@ def make_parser(about, n):
     """The arguments of sample.py that tests/score.py has too."""
     parser = Parser(description=about)
     add = parser.add_argument
-    add("--ckpt", default="runs/toy", help="folder of a ckpt.pt, or the file (%(default)s)")
+    add("--ckpt", default="runs/toy", help="a ckpt.pt, or its folder (%(default)s)")
     add("--task", default="all", choices=("all", *TASKS), help="what is given and what is generated (%(default)s)")
     add("--n", type=number(int, 1, 2**16), default=n, help="samples of each task (%(default)s)")
     add("--sampler", choices=SAMPLERS, help="how z steps down (as the preset says)")
@@ -31,7 +31,7 @@ def make_parser(about, n):
     add("--guidance-drop", nargs="+", action="extend", default=[], metavar="MODALITY",
         help="modalities that the unconditional pass does without (all that is given)")  # fmt: skip
     add("--method", default="monl", choices=METHODS,
-        help="how the given part is held; the other two are for models not trained with MoNL (%(default)s)")  # fmt: skip
+        help="how the given part is held; the others are for models not trained with MoNL (%(default)s)")  # fmt: skip
     add("--strength", type=number(float, 0, 1000), default=0.02, help="lambda of --method reconstruction (%(default)s)")
     add("--seconds", type=number(float, 0.01, 3600), help="go on to this length, window after window (one window)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
@@ -44,7 +44,10 @@ class Trained:
 
     def __init__(self, path, device):
         path, self.device = Path(path), device
-        with opened(path / "ckpt.pt" if path.is_dir() else path) as saved:
+        path = path if path.suffix == ".pt" else path / "ckpt.pt"
+        if not path.exists():
+            raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it")
+        with opened(path) as saved:
             config = saved["config"]
             self.data, self.preset = config["data"], PRESETS[config["preset"]]
             self.media = Media(config["fps"], config["size"], config["sample_rate"])
@@ -78,14 +81,15 @@ class Trained:
 
     def cut(self, clips, start, end):
         """Seconds start to end of clips."""
-        return {name: x[:, round(start * self.rates[name]) : round(end * self.rates[name])] for name, x in clips.items()}
+        spans = {name: slice(round(start * rate), round(end * rate)) for name, rate in self.rates.items()}
+        return {name: x[:, spans[name]] for name, x in clips.items()}
 
     def window(self, clips, k=0):
         """The k-th window of longer clips."""
         return self.cut(clips, k * self.step, k * self.step + self.span) if self.decodes else clips
 
     def per_frame(self, given):
-        """Mask of segments (S,) -> masks of frames and of sound samples, {"video": bool (F,), "audio": bool (samples,)}."""
+        """Mask (S,) -> masks of frames and of sound samples, {"video": bool (F,), "audio": bool (samples,)}."""
         durations = self.layout.split(self.layout.ends - self.layout.starts)
         masks = self.layout.split(given)
         repeats = {name: (durations[name] * rate).round().long() for name, rate in self.rates.items()}
@@ -257,7 +261,8 @@ def check(args, trained):
     mistakes = [
         (args.given and args.task != "all", "--given and --task each say what is given: use one"),
         (args.guidance_drop and not args.guidance, "--guidance-drop is for a --guidance other than 0"),
-        (args.guidance and args.method != "monl", "--guidance tells the given part by its t = 0: it needs --method monl"),
+        (args.guidance and args.method != "monl",
+         "--guidance takes the given part away at t = T: it needs --method monl"),
         ((args.input or args.seconds) and not trained.decodes,
          "--input and --seconds need a tokenizer for clips: this checkpoint was trained on a .npz of latents"),
         (args.seconds and args.seconds < trained.span, f"--seconds must be {trained.span:g}, one window, or more"),
@@ -269,9 +274,9 @@ def check(args, trained):
     trained.layout.of(args.guidance_drop)  # are they there?
     if args.given:
         return {"custom": parse_given(args.given, trained.layout)}
-    tasks = [args.task]
-    if args.task == "all":  # what these modalities allow
-        tasks = [task for task in TASKS if task not in ("a2v", "v2a") or {"video", "audio"} <= set(trained.layout.names)]
+    tasks = TASKS if args.task == "all" else (args.task,)
+    if args.task == "all" and not {"video", "audio"} <= {*trained.layout.names}:
+        tasks = [task for task in TASKS if task not in ("a2v", "v2a")]
     return {task: task_mask(task, trained.layout) for task in tasks}
 
 
@@ -315,7 +320,7 @@ def run(args):
 def main():
     parser = make_parser(__doc__.split("`")[0], n=8)
     parser.add_argument("--given", nargs="+", action="extend", default=[], metavar="SPAN",
-                        help="in place of a task: spans that are given, as video:0-0.625 audio:0-2 (seconds)")  # fmt: skip
+                        help="in place of a task: spans that are given, as video:0-0.625 audio:0-2")  # fmt: skip
     parser.add_argument("--input", help="a clip to take the given part from (held-out clips)")
     parser.add_argument("--out", default="samples", help="folder to write to (%(default)s)")
     args = parser.parse_args()

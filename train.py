@@ -14,6 +14,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,23 +76,27 @@ def make_parser():
     count = number(int, 1, 10**9)
     parser = Parser(description=__doc__.split("`")[0], parents=[choice])
     add = parser.add_argument
-    add("--mixture", default="monl", help="noise levels: vanilla, pm, pt, ptm, task:a2v ..., sums as pt+pm+pm (%(default)s)")
+    add("--mixture", default="monl", help="vanilla, pm, pt, ptm, task:a2v ..., sums such as pt+pm+pm (%(default)s)")
     add("--steps", type=count, default=preset.steps, help="optimizer steps (%(default)s)")
     add("--batch", type=number(int, 1, 2**16), default=preset.batch, help="examples a step, all in all (%(default)s)")
     add("--lr", type=number(float, 1e-12, 10), default=preset.lr, help="peak learning rate (%(default)s)")
-    add("--optimizer", default=preset.optimizer, choices=("adamw", "muon"), help="muon: for the blocks' matrices (%(default)s)")
-    add("--prediction", default=preset.prediction, choices=("eps", "v"), help="what the network regresses (%(default)s)")
+    add("--optimizer", default=preset.optimizer, choices=("adamw", "muon"), help="muon: for matrices (%(default)s)")
+    add("--prediction", default=preset.prediction, choices=("eps", "v"), help="what it regresses (%(default)s)")
     add("--fps", type=number(int, 1, 240), default=media.fps, help="frames a second of a folder's clips (%(default)s)")
     add("--size", type=number(int, 16, 1024), default=media.size, help="their height and width (%(default)s)")
     add("--sample-rate", type=number(int, 1000, 192000), default=media.sample_rate, help="of their sound (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of products; auto: bf16 where the chip has it")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 where the chip has it")
     add("--compile", action="store_true", help="compile the network (needs a C++ compiler; pays on long runs)")
     add("--accumulate", type=count, default=1, help="parts a batch is computed in, to save memory (%(default)s)")
     add("--save-every", type=count, default=500, help="steps between checkpoints (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and batches (%(default)s)")
     add("--out", default="runs/toy", help="folder of ckpt.pt and log.csv; a run found there goes on (%(default)s)")
     return parser
+
+
+def media_of(args):
+    return Media(args.fps, args.size, args.sample_rate)
 
 
 # --- Where a run computes: all that is known here of torch.distributed and torch_xla ----------------------------------
@@ -176,6 +181,11 @@ class Machine:
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
+    def check(self, batch, accumulate):
+        if batch % (accumulate * self.parts):
+            among = f"--accumulate {accumulate} parts on {self.parts} devices"
+            raise ValueError(f"--batch {batch} does not divide into {among}")
+
     def rows(self, batch, accumulate):
         """The examples of a batch that this process computes, in turn."""
         return [part.chunk(self.world)[self.part] for part in torch.arange(batch).chunk(accumulate)]
@@ -199,7 +209,7 @@ class Machine:
         return net
 
     def total(self, x):
-        """x summed over the processes, which wait for each other here. (On XLA's devices each host has the sum already.)"""
+        """x summed over the processes, which wait for each other here. XLA's devices have the sum already."""
         x = x.clone()
         if dist.is_initialized() and x.device.type != "xla":
             dist.all_reduce(x)
@@ -290,7 +300,7 @@ class Log:
 
     def write_file(self):
         if self.machine.rank == 0:
-            with replacing(self.path) as partial, partial.open("w", newline="") as file:
+            with replacing(self.path) as other, other.open("w", newline="") as file:
                 csv.writer(file).writerows(self.rows)
 
     def add(self, errors, t, T):
@@ -322,16 +332,16 @@ FORMAT = 2  # a change that another version would misread adds one
 @contextmanager
 def replacing(path):
     """Atomically: write to the path this gives, and `path` has the old content or, at the end, the new."""
-    partial = path.with_name(path.name + ".partial")
+    other = path.with_name(path.name + ".partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        yield other
+        os.replace(other, path)
     finally:
-        partial.unlink(missing_ok=True)
+        other.unlink(missing_ok=True)
 
 
 def save(path, state):
-    with replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path) as other, other.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # or the new name may reach the disk before what it names
@@ -343,19 +353,24 @@ def opened(path):
 
     ValueError where the file is no checkpoint, is damaged, or where what it holds does not fit in the block.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not look at the checksums
+    with open(path, "rb") as file:
+        try:
+            if zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
                 raise zipfile.BadZipFile("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise KeyError(f"it has format {state['format']}, this version reads {FORMAT}")
-        yield state
-    except (OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as why:
-        raise ValueError(f"{path} is no checkpoint of this version of train.py, is damaged, or holds code, which is not "
-                         f"run ({type(why).__name__}: {why}): use another, or train again") from None  # fmt: skip
+            file.seek(0)
+            state = dict(torch.load(file, map_location="cpu", weights_only=True))
+            if state["format"] != FORMAT:
+                raise ValueError(f"it has format {state['format']}, this version reads {FORMAT}")
+            yield state
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as why:  # reading raises many kinds
+            raise ValueError(f"{path} is no checkpoint of this version, is damaged, or holds code, which is not run "
+                             f"({type(why).__name__}: {why}): use another, or train again") from None  # fmt: skip
+
+
+def described(layout):
+    return [asdict(m) for m in layout.modalities]
 
 
 def on_cpu(x):
@@ -372,8 +387,8 @@ def save_run(ckpt, step, args, run, machine):
     states = {name: part.state_dict() for name, part in run.items()}
     state = on_cpu(states) if machine.mesh or machine.rank == 0 else {}  # XLA's hosts must all do the same
     if machine.rank == 0:
-        modalities = [asdict(m) for m in run["model"].layout.modalities]
-        save(ckpt, {"format": FORMAT, "step": step, "config": vars(args), "modalities": modalities, **state})
+        about = {"format": FORMAT, "step": step, "config": vars(args), "modalities": described(run["model"].layout)}
+        save(ckpt, {**about, **state})
     machine.total(torch.zeros(()))
 
 
@@ -389,43 +404,43 @@ def check_finite(run, machine, step):
 
 def begin(args, machine, layout, ckpt):
     """-> the parts of the run as ckpt holds them, the latents of all clips, the step. Where ckpt is not, it is made."""
-    media, preset = Media(args.fps, args.size, args.sample_rate), PRESETS[args.preset]
+    preset, read = PRESETS[args.preset], partial(load_clips, args.data, "train", layout, media_of(args))
     torch.manual_seed(args.seed)
     model = preset.model(layout, args.prediction).to(machine.device)
-    run = {"model": model, "ema": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))}
-    run |= make_optimizers(args.optimizer, model)
-    run |= {"tokenizers": Tokenizers(args.data, layout, media), "log": Log(ckpt.parent / "log.csv", layout, machine)}
+    tokenizers, log = Tokenizers(args.data, layout, media_of(args)), Log(ckpt.parent / "log.csv", layout, machine)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
+    run = {"model": model, "ema": ema, **make_optimizers(args.optimizer, model), "tokenizers": tokenizers, "log": log}
     clips, fresh = None, machine.total(torch.tensor(int(machine.rank == 0 and not ckpt.exists()))) > 0
     if fresh:
         print(f"reading {args.data} ...", flush=True)
-        clips = load_clips(args.data, "train", layout, media)
-        ckpt.parent.mkdir(parents=True, exist_ok=True)
+        clips = read()
         some = {name: x[:1024] for name, x in clips.items()}
-        run["tokenizers"].fit(some)
-        largest = [z.abs().max().expand(n) for z, n in zip(layout.unpack(run["tokenizers"].encode(some)).values(), layout.lengths)]
-        model.z_max.copy_(layout.per_element(torch.cat(largest)))
+        tokenizers.fit(some)
+        largest = {name: z.abs().max() for name, z in layout.unpack(tokenizers.encode(some)).items()}
+        model.z_max.copy_(layout.pack({m.name: largest[m.name].expand(1, *m.shape) for m in layout.modalities})[0])
+        ckpt.parent.mkdir(parents=True, exist_ok=True)
         save_run(ckpt, 0, args, run, machine)
     with opened(ckpt) as saved:
-        step, before = saved["step"], {name: saved["config"][name] for name in vars(args) if name not in FREE}
-        changed = [name for name in before if before[name] != vars(args)[name]]
-        alike = saved["modalities"] == [asdict(m) for m in layout.modalities]
-        for name, part in run.items() if alike and not changed else ():
-            part.load_state_dict(saved[name])
+        step, before, now = saved["step"], saved["config"], vars(args)
+        changed = [name for name in now if before[name] != now[name] and name not in FREE]
+        alike = saved["modalities"] == described(layout)
+        if alike and not changed:
+            for name, part in run.items():
+                part.load_state_dict(saved[name])
     for name in changed:
-        raise ValueError(f"{ckpt} is of a run with --{name} {before[name]}, not {vars(args)[name]}: use another --out")
+        raise ValueError(f"{ckpt} is of a run with --{name} {before[name]}, not {now[name]}: use another --out")
     if not alike:
         raise ValueError(f"{ckpt} is of a run on other modalities than {args.data} has: use another --out")
     if step == args.steps:
         return run, None, step
-    if step:
+    if not fresh:
         print(f"going on at step {step} of {ckpt}; reading {args.data} ...", flush=True)
-    clips = clips or load_clips(args.data, "train", layout, media)
-    return run, run["tokenizers"].encode(clips), step
+    return run, tokenizers.encode(clips or read()), step
 
 
 @contextmanager
 def signals_noted():
-    """A list to which the first Ctrl-C or SIGTERM is added: the step under way can end and be saved. A second one stops."""
+    """A list that notes the first Ctrl-C or SIGTERM, so that the step under way is saved. A second one stops at once."""
     noted = []
 
     def note(number, frame):
@@ -440,51 +455,46 @@ def signals_noted():
             signal.signal(number, handler)
 
 
-def train(args):
+def train(args, layout):
+    """Alg. 2, on whatever machine there is."""
     machine, preset, ckpt = Machine(args.device), PRESETS[args.preset], Path(args.out) / "ckpt.pt"
-    layout = describe(args.data, Media(args.fps, args.size, args.sample_rate))
-    parse_mixture(args.mixture)  # before anything is read
-    if args.compile and machine.mesh:
-        raise ValueError("--compile is for other devices: XLA compiles everything")
-    if args.batch % (args.accumulate * machine.parts):
-        among = f"--accumulate {args.accumulate} parts on {machine.parts} devices"
-        raise ValueError(f"--batch {args.batch} does not divide into {among}")
+    machine.check(args.batch, args.accumulate)
     run, z, first = begin(args, machine, layout, ckpt)
     model, log, optimizers = run["model"], run["log"], [run[name] for name in ("adamw", "muon") if name in run]
-    table, schedule = NoiseSchedule(), NoiseSchedule().to(machine.device)
+    levels, schedule = NoiseSchedule(), NoiseSchedule().to(machine.device)  # the whole batch's weights need no device
     net = machine.share(model)
     net = torch.compile(net) if args.compile else net
     log.start(first)
     with signals_noted() as noted:
         for step in range(first, args.steps):
             index, t, self_conditioning = draw(args.seed, step, len(z), args.batch, args.mixture, layout, schedule.T)
-            weight = loss_weights(table, layout, t, preset.noise_power)  # of the whole batch
+            weight = loss_weights(levels, layout, t, preset.noise_power)
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = learning_rate(args, step) * group["scale"]
             model.zero_grad()
             for rows in machine.rows(args.batch, args.accumulate):
                 eps = draw_noise(args.seed, step, rows, layout.E)
-                z0, t_rows, eps, weight_rows = machine.put(z[index[rows]], t[rows], eps, weight[rows])
+                part = machine.put(z[index[rows]], t[rows], eps, weight[rows])
                 with precision(args.dtype, machine.device):
-                    loss, errors = training_loss(net, schedule, layout, z0, t_rows, eps, weight_rows, self_conditioning)
+                    loss, errors = training_loss(net, schedule, layout, *part, self_conditioning)
                 (loss * machine.world).backward()  # parts' losses add up, but processes average their gradients
-                log.add(errors, t_rows, schedule.T)
+                log.add(errors, part[1], schedule.T)
                 end_step(machine.device)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             run["ema"].update_parameters(model)
             end_step(machine.device)
-            done, last = step + 1, step + 1 == args.steps
-            stop = machine.total(torch.tensor(len(noted))) > 0  # all processes after the same step
-            line, keep = done % log.EVERY == 0 or last, done % args.save_every == 0 or last or stop
+            done, stop = step + 1, machine.total(torch.tensor(len(noted))) > 0  # all processes after the same step
+            line = done % log.EVERY == 0 or done == args.steps
+            keep = done % args.save_every == 0 or done == args.steps or stop
             if line or keep:
                 check_finite(run, machine, done)
             if line:
                 log.write(done, args.steps)
             if keep:
                 save_run(ckpt, done, args, run, machine)
-            if stop and not last:
+            if stop and done < args.steps:
                 raise KeyboardInterrupt("saved")
     print(f"\ndone: {ckpt}")
     if dist.is_initialized():
@@ -496,7 +506,10 @@ def main():
     args = parser.parse_args()
     try:
         with parser.guarding("use a smaller --batch, or more --accumulate for the same"):
-            train(args)
+            parse_mixture(args.mixture)  # before anything is read
+            if args.compile and args.device == "xla":
+                raise ValueError("--compile is for other devices: XLA compiles everything")
+            train(args, describe(args.data, media_of(args)))
     except FloatingPointError as why:
         print(f"\n{why}; the last good checkpoint is {Path(args.out) / 'ckpt.pt'}", file=sys.stderr)
         return 1

@@ -25,15 +25,18 @@ from avdit import (
     PRESETS,
     AVDiT,
     Block,
+    Layout,
     Modality,
     NoiseSchedule,
     av_modalities,
     generate,
+    loss_weights,
     sample_timesteps,
     task_mask,
     training_loss,
 )
-from train import Config, complete, draw, draw_noise, make_optimizers, open_device, precision
+from data import draw, draw_noise
+from train import DEVICES, make_optimizers, open_device, precision
 
 try:
     from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
@@ -41,19 +44,17 @@ except ImportError:
     LTXVideoTransformerBlock = None
 
 
-# ---------------------------------------------------------------------------------------
-# Contenders: a stack of layers, called with tokens (B, L, d) and one vector per segment (B, S, d)
-# ---------------------------------------------------------------------------------------
+# --- Contenders: a stack of layers, called as AVDiT calls its blocks --------------------------------------------------
 
 
 class Ours(nn.Module):
-    def __init__(self, dim, depth, heads, modalities):
+    def __init__(self, dim, depth, heads, layout):
         super().__init__()
-        self.modalities, self.blocks = modalities, nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
 
-    def forward(self, x, c, *_):  # AVDiT calls its blocks with the modalities too
+    def forward(self, x, c, layout):
         for block in self.blocks:
-            x = block(x, c, self.modalities)
+            x = block(x, c, layout)
         return x
 
 
@@ -78,12 +79,12 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    def __init__(self, dim, depth, heads, modalities):
+    def __init__(self, dim, depth, heads, layout):
         super().__init__()
         self.blocks = nn.ModuleList(DiTBlock(dim, heads) for _ in range(depth))
-        self.register_buffer("segment", segment_of_token(modalities))
+        self.register_buffer("segment", segment_of_token(layout))
 
-    def forward(self, x, c, *_):
+    def forward(self, x, c, layout):
         c = c[:, self.segment]  # (B, L, d)
         for block in self.blocks:
             x = block(x, c)
@@ -94,29 +95,26 @@ class LTX(nn.Module):
     """LTX-Video's blocks with per-token timesteps: one modulation of six vectors for all layers, and a cross-attention
     (here to a single token) that ours lacks; RMS norms, also of queries and keys. No rotary embedding."""
 
-    def __init__(self, dim, depth, heads, modalities):
+    def __init__(self, dim, depth, heads, layout):
         super().__init__()
         self.ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(LTXVideoTransformerBlock(dim, heads, dim // heads, dim) for _ in range(depth))
-        self.register_buffer("segment", segment_of_token(modalities))
+        self.register_buffer("segment", segment_of_token(layout))
 
-    def forward(self, x, c, *_):
+    def forward(self, x, c, layout):
         text, c = c[:, :1], self.ada(c[:, self.segment])
         for block in self.blocks:
             x = block(x, text, c)
         return x
 
 
-def segment_of_token(modalities):
+def segment_of_token(layout):
     """(L,) index of the segment each token belongs to."""
-    return torch.arange(sum(m.N for m in modalities)).repeat_interleave(
-        torch.cat([torch.full((m.N,), m.P) for m in modalities])
-    )
+    tokens = torch.cat([torch.full((m.N,), m.P) for m in layout.modalities])
+    return torch.arange(layout.S).repeat_interleave(tokens)
 
 
-# ---------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 
 def finish(device):
@@ -214,35 +212,32 @@ def report(title, jobs, count, device):
         print(line, flush=True)
 
 
-# ---------------------------------------------------------------------------------------
-# Cases
-# ---------------------------------------------------------------------------------------
+# --- Cases ------------------------------------------------------------------------------------------------------------
 
 
 class Case:
     """One size of network and data, with the contenders' jobs on it."""
 
-    def __init__(self, preset, modalities, depth, batch, device, dtype, compiled=False):
+    def __init__(self, preset, layout, depth, batch, device, dtype, compiled=False):
         dim, heads = preset.dim, preset.heads
-        self.modalities, self.dim, self.optimizer = modalities, dim, preset.optimizer
+        self.layout, self.dim, self.optimizer = layout, dim, preset.optimizer
         self.device, self.dtype = device, dtype
         torch.manual_seed(0)
         kinds = {"ours": Ours, "DiT": DiT, "LTX": LTX} if LTXVideoTransformerBlock else {"ours": Ours, "DiT": DiT}
-        self.stacks = {k: kind(dim, depth, heads, modalities).to(device) for k, kind in kinds.items()}
+        self.stacks = {k: kind(dim, depth, heads, layout).to(device) for k, kind in kinds.items()}
         if compiled:
             self.stacks = {k: torch.compile(stack) for k, stack in self.stacks.items()}
-        sizes = [sum(m.N * m.P for m in modalities), sum(m.N for m in modalities)]
-        self.x, self.c = (torch.randn(batch, n, dim, device=device, requires_grad=True) for n in sizes)
-        self.grad = torch.randn(batch, sizes[0], dim, device=device)
-        self.z0, self.eps = ({m.name: torch.randn(batch, *m.shape, device=device) for m in modalities} for _ in "ab")
+        L = sum(layout.tokens)
+        self.x, self.c = (torch.randn(batch, n, dim, device=device, requires_grad=True) for n in (L, layout.S))
+        self.grad = torch.randn(batch, L, dim, device=device)
+        self.z0, self.eps = torch.randn(2, batch, layout.E, device=device)
         self.schedule = NoiseSchedule().to(device)
-        t = sample_timesteps("monl", modalities, batch, self.schedule.T)
-        self.t = {m: x.to(device) for m, x in t.items()}
+        self.t = sample_timesteps("monl", layout, batch, self.schedule.T).to(device)
 
     def forward(self, stack):
         def job():
             with torch.no_grad(), precision(self.dtype, self.device):
-                stack(self.x, self.c)
+                stack(self.x, self.c, self.layout)
 
         return job
 
@@ -250,24 +245,24 @@ class Case:
         def job():
             stack.zero_grad()
             with precision(self.dtype, self.device):
-                out = stack(self.x, self.c)
+                out = stack(self.x, self.c, self.layout)
             out.backward(self.grad)
 
         return job
 
     def model(self, stack):
-        model = AVDiT(self.modalities, self.dim, 0, 1, "v").to(self.device)
+        model = AVDiT(self.layout, self.dim, 0, 1, "v").to(self.device)
         model.blocks.append(stack)
         return model
 
     def training_step(self, stack):
-        model = self.model(stack)
-        optimizers = make_optimizers(Config(optimizer=self.optimizer), model, self.device)
+        model, inputs = self.model(stack), (self.schedule, self.layout, self.z0, self.t, self.eps)
+        optimizers = make_optimizers(self.optimizer, model)
 
         def job():
             model.zero_grad()
             with precision(self.dtype, self.device):
-                loss = training_loss(model, self.schedule, self.z0, self.t, self.eps, self_conditioning=True)
+                loss, _ = training_loss(model, *inputs, self_conditioning=True)
             loss.backward()
             for optimizer in optimizers.values():
                 optimizer.step()
@@ -275,10 +270,10 @@ class Case:
         return job
 
     def sampling_step(self, stack):
-        model, given = self.model(stack), task_mask("joint", self.modalities)
+        model, given = self.model(stack), task_mask("joint", self.layout)
 
         def job():
-            generate(model, self.schedule, self.z0, given, steps=1, sampler="dpmpp_2m")
+            generate(model, self.schedule, self.layout, self.z0, given, steps=1, sampler="dpmpp_2m")
 
         return job
 
@@ -300,7 +295,7 @@ def growth(toy, count, device, dtype):
     jobs, flops = {}, {}
     for name, (batch, segments, tokens) in sizes.items():
         modality = Modality("all", (tokens,), 8, tuple(range(segments + 1)))
-        case = Case(toy, [modality], toy.depth, batch, device, dtype)
+        case = Case(toy, Layout([modality]), toy.depth, batch, device, dtype)
         jobs[name] = case.backward(case.stacks["ours"])
         flops[name] = counted(jobs[name]).flops
     base, times = next(iter(sizes)), rounds(jobs, count, device)
@@ -311,14 +306,14 @@ def growth(toy, count, device, dtype):
 
 def data_share(toy, count, device, dtype):
     """What train.py does for a batch before the network sees it: clips are encoded once, before the first step."""
-    config, case = Config(), Case(toy, toy.modalities, toy.depth, toy.batch, device, dtype)
-    complete(config)
-    latents = {m.name: torch.randn(4096, *m.shape) for m in toy.modalities}
+    layout, table = Layout(toy.modalities), NoiseSchedule()
+    case, z = Case(toy, layout, toy.depth, toy.batch, device, dtype), torch.randn(4096, layout.E)
 
     def batch():
-        index, t, _ = draw(config, toy.modalities, 4096, case.schedule.T, 0)
-        eps = draw_noise(config, toy.modalities, 0, torch.arange(config.batch))
-        return [x.to(device) for x in (*(z[index] for z in latents.values()), *t.values(), *eps.values())]
+        index, t, _ = draw(0, 0, len(z), toy.batch, "monl", layout, table.T)
+        weight = loss_weights(table, layout, t, toy.noise_power)
+        eps = draw_noise(0, 0, torch.arange(toy.batch), layout.E)
+        return [x.to(device) for x in (z[index], t, eps, weight)]
 
     times = rounds({"batch": batch, "step": case.training_step(case.stacks["ours"])}, count, device)
     print(f"\ndrawing a batch of the toy world: {ratio(times, 'batch', 'step'):.1%} of a training step")
@@ -326,17 +321,18 @@ def data_share(toy, count, device, dtype):
 
 def paper_step(preset, device, dtype):
     """The paper preset's training step as train.py does it: memory by batch size, products, what App. B's run takes."""
-    model, schedule = preset.model().to(device), NoiseSchedule().to(device)
-    ema, optimizer = AveragedModel(model), make_optimizers(Config(optimizer="adamw"), model, device)["adamw"]
+    layout, schedule = Layout(preset.modalities), NoiseSchedule().to(device)
+    model = preset.model(layout).to(device)
+    ema, optimizer = AveragedModel(model), make_optimizers("adamw", model)["adamw"]
     kept = 5 * sum(p.nbytes for p in model.parameters())  # they, their average, gradients, AdamW's two moments
     print(f"\npaper preset, training step: GiB of weights, their average, gradients, AdamW: {kept / 2**30:.1f}")
 
     def step(batch):
         def job():
-            z0, eps = ({m.name: torch.randn(batch, *m.shape, device=device) for m in preset.modalities} for _ in "ab")
-            t = {m: x.to(device) for m, x in sample_timesteps("monl", preset.modalities, batch, schedule.T).items()}
+            z0, eps = torch.randn(2, batch, layout.E, device=device)
+            t = sample_timesteps("monl", layout, batch, schedule.T).to(device)
             with precision(dtype, device):
-                loss = training_loss(model, schedule, z0, t, eps, self_conditioning=True)
+                loss, _ = training_loss(model, schedule, layout, z0, t, eps, self_conditioning=True)
             loss.backward()
             optimizer.step()
             ema.update_parameters(model)
@@ -347,19 +343,18 @@ def paper_step(preset, device, dtype):
     for batch in (1, 2, 4):
         print(f"  batch {batch}: {peak_memory(step(batch), device) / 2**30:.1f} more", flush=True)
     total = flops * 3.9 / 4 * preset.batch * preset.steps  # 3 or, at a rate of 0.9, 4 passes forward or like it
-    print(f"{flops / 1e12:.2f} TFLOP an example; {preset.steps} steps of batch {preset.batch}: {total / 1e18:.0f} EFLOP, "
-          f"{total / 1e14 / 86400:.0f} days at 100 TFLOP/s")  # fmt: skip
+    print(f"{flops / 1e12:.2f} TFLOP an example; {preset.steps} steps of batch {preset.batch}: "
+          f"{total / 1e18:.0f} EFLOP, {total / 1e14 / 86400:.0f} days at 100 TFLOP/s")  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    parser.add_argument(
-        "--dtype", default="fp32", choices=("fp32", "bf16"), help="precision of products (default fp32)"
-    )
-    parser.add_argument("--compile", action="store_true", help="compile the contenders' layers")
-    parser.add_argument("--paper", action="store_true", help="memory and products of the paper preset, nothing else")
-    parser.add_argument("--rounds", type=int, default=11, help="how often each job runs (default 11)")
+    add = parser.add_argument
+    add("--device", default="auto", choices=DEVICES[:-1], help="where to compute (%(default)s)")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="precision of products (%(default)s)")
+    add("--compile", action="store_true", help="compile the contenders' layers")
+    add("--paper", action="store_true", help="memory and products of the paper preset, nothing else")
+    add("--rounds", type=int, default=11, help="how often each job runs (%(default)s)")
     args = parser.parse_args()
     device, toy, paper = open_device(args.device), PRESETS["toy"], PRESETS["paper"]
     print(f"torch {torch.__version__}, {device}, {args.dtype}, {torch.get_num_threads()} threads")
@@ -373,12 +368,12 @@ def main():
     print("  alone    the time of all products done one by one, as a share of ours (fused attention can beat it)\n")
     print(f"{'':50} {'time':>6} {'memory':>7} {'GFLOP':>7} {'GFLOP/s':>8} {'linear':>6} {'alone':>6}")
     rest = device, args.dtype, args.compile
-    case = Case(paper, paper.modalities, 2, 1, *rest)
+    case = Case(paper, Layout(paper.modalities), 2, 1, *rest)
     case.report("paper width, blocks, training", Case.backward, args.rounds)
     case.report("paper width, blocks, forward", Case.forward, args.rounds)
     case.report("paper width, whole training step", Case.training_step, args.rounds)
-    for tokens, modalities in ((37, toy.modalities), (133, av_modalities(8, (4, 4), 64, 0.04, 64))):
-        case = Case(toy, modalities, toy.depth, toy.batch, *rest)
+    for layout in (Layout(toy.modalities), Layout(av_modalities(8, (4, 4), 64, 0.04, 64))):
+        tokens, case = sum(layout.tokens), Case(toy, layout, toy.depth, toy.batch, *rest)
         case.report(f"toy width, {tokens} tokens, blocks, training", Case.backward, args.rounds)
         case.report(f"toy width, {tokens} tokens, training step", Case.training_step, args.rounds)
         case.report(f"toy width, {tokens} tokens, sampling step", Case.sampling_step, args.rounds)

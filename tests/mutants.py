@@ -1,8 +1,9 @@
 """Does a test fail when a line of avdit.py is wrong? Change one thing at a time, run the fast tests, and see.
 
-First the mistakes that someone who forks this would most likely make, by hand. Then a seeded sample of all operators, constants, indices, comparisons and choices of the file, but for what only prints (tour) and
-the toy preset, whose sizes are choices. Every result goes to OUT as soon as it is known, and the command goes on where
-it stopped. Exit status 1 if fewer than 95 % of the mutants that are not equivalent die. `python tests/mutants.py --help`
+First the mistakes that someone who forks this would most likely make, by hand. Then a seeded sample of all operators,
+constants, indices, comparisons and choices of the file, but for what only prints (tour) and the toy preset, whose sizes
+are choices. Every result goes to OUT as soon as it is known, and the command goes on where it stopped. Exit status 1 if
+fewer than 95 % of the mutants that are not equivalent die. `python tests/mutants.py --help`
 """
 
 import argparse
@@ -13,22 +14,24 @@ import random
 import signal
 import sys
 import types
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = {
+FAST = {  # module -> its fast tests: the sooner one fails, the better, so the fastest files come first
     "avdit": [
-        "test_method.py",
-        "test_sampling.py",
-        "test_exact.py",
         "test_scale.py",
+        "test_sampling.py",
+        "test_method.py",
+        "test_exact.py",
         "-k",
         "not ddpm-1000 and not batch",
     ],
-    "train": ["test_scripts.py", "-k", "average or learning_rate or depend"],
+    "data": ["test_data.py", "-k", "batches_depend or draws"],
+    "train": ["test_scripts.py", "test_lost.py", "-k", "average or learning_rate or muon or bounded"],
     "sample": ["test_scripts.py", "-k", "average"],
 }
 PAIRS = [
@@ -38,69 +41,111 @@ PAIRS = [
 SWAP = {**dict(PAIRS), **{b: a for a, b in PAIRS}, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv}
 
 HAND = [  # module, what is there, what a tired student makes of it
+    # where things lie
+    ("avdit", "torch.full((n,), k) for n, k in zip(", "torch.full((n,), 0) for n, k in zip("),
+    ("avdit", "part.repeat_interleave(m.P * m.channels, -1)", "part.repeat(*[1] * (x.ndim - 1), m.P * m.channels)"),
+    # noise levels
     ("avdit", "torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])", "(1 - beta).cumprod(0)"),
     ("avdit", "beta = torch.linspace(beta_min, beta_max, T, dtype=torch.float64)",
      "beta = torch.linspace(beta_min, beta_max, T).double()"),
-    ("avdit", "return a * eps - s * z0 if", "return s * z0 - a * eps if"),
-    ("avdit", "torch.multinomial(torch.tensor(list(weights.values())), batch, replacement=True, generator=generator)",
-     "torch.multinomial(torch.tensor(list(weights.values())), 1, generator=generator).expand(batch)"),
-    ("avdit", '"ptm": own,', '"ptm": own[:, :1].expand(-1, m.N),'),
-    ("avdit", '"pm": own[:, :1]', '"pm": first[:, :1]'),
-    ("avdit", "correspondence(m, modalities[0])]", "torch.arange(m.N) % modalities[0].N]"),
-    ("avdit", "return torch.bucketize(modality.midpoints, inner, right=True)",
-     "return torch.bucketize(torch.tensor(modality.edges[:-1]), inner.float(), right=False)"),
+    # the timestep vector
+    ("avdit", "return torch.bucketize((layout.starts + layout.ends) / 2, boundaries, right=True)",
+     "return torch.bucketize(layout.starts.float(), boundaries.float(), right=False)"),
+    ("avdit", "t_ref[:, :1].expand_as(t_ref),  # t^(m,n)", "t_ref[:1, :1].expand_as(t_ref),  # t^(m,n)"),
+    ("avdit", '"pm": lambda t_ref, layout: t_ref[:, layout.first]',
+     '"pm": lambda t_ref, layout: t_ref[:, :1].expand_as(t_ref)'),
+    ("avdit", "t_ref[:, coincident(layout)]",
+     "t_ref[:, (torch.arange(layout.S) - layout.first) % layout.lengths[0]]"),
+    ("avdit", '"ptm": lambda t_ref, layout: t_ref,', '"ptm": lambda t_ref, layout: t_ref[:, layout.first],'),
+    ("avdit", "choice = torch.randint(len(names), (batch,), generator=generator)",
+     "choice = torch.randint(len(names), (1,), generator=generator).expand(batch)"),
+    # the network
     ("avdit", "unflatten(1, (m.N, m.P))", "unflatten(1, (m.P, m.N)).transpose(1, 2)"),
-    ("avdit", "shift1, scale1, shift2, scale2 = self.ada(c)", "scale1, shift1, scale2, shift2 = self.ada(c)"),
-    ("avdit", "sinusoid(t[m.name], self.dim)", "sinusoid(t[m.name] / 1000, self.dim)"),
-    ("avdit", "        with torch.no_grad():\n            z0_hat", "        with torch.enable_grad():\n            z0_hat"),
-    ("avdit", "torch.where(x > 0, schedule.s[x]", "torch.where(x >= 0, schedule.s[x]"),
-    ("avdit", "for x in (t, t_batch or t))", "for x in (t, t))"),
-    ("avdit", "== 0, z_t[m], z0_hat[m])", "== 0, z0_hat[m], z0_hat[m])"),
-    ("avdit", "a_next / a * (z", "a * (z"),
-    ("avdit", "beta / s.clamp(min=1e-8) * eps_hat", "beta / a * eps_hat"),
-    ("avdit", "torch.where(per_segment(t_next, z) > 0, beta.sqrt() * noise, 0)", "beta.sqrt() * noise"),
-    ("avdit", "return clean if monl else", "return clean if False else"),
-    ("avdit", "(1 + s) * c - s * u", "s * c - (1 + s) * u"),
-    ("avdit", "(1 + s) * c - s * u", "s * c + (1 - s) * u"),
-    ("avdit", "torch.where(dropped[m].flatten(1), T, t[m])", "t[m]"),
-    ("avdit", "torch.where(dropped[m], 0, z0_prev[m])", "z0_prev[m]"),
-    ("avdit", "levels(taus[i]), levels(taus[i + 1])", "levels(taus[i]), levels(taus[min(i + 1, steps - 1)])"),
-    ("avdit", "        z0_prev = self_condition(z0_hat, z, t, z_max)\n        z, last", "        z, last"),
+    ("avdit", "shift1, scale1, shift2, scale2 = self.ada(cond)", "scale1, shift1, scale2, shift2 = self.ada(cond)"),
+    ("avdit", "sinusoid(t, self.dim)", "sinusoid(t / 1000, self.dim)"),
+    ("avdit", "z0_prev.clamp(-self.z_max, self.z_max)", "z0_prev"),
+    ("avdit", "z0_prev.clamp(-self.z_max, self.z_max)", "z0_prev.clamp(-self.z_max.max(), self.z_max.max())"),
+    # training
+    ("avdit", "torch.where(t > 0, schedule.s[t]", "torch.where(t >= 0, schedule.s[t]"),
+    ("avdit", " * layout.sizes.to(t.device)", ""),
+    ("avdit", "weight = loss_weights(schedule, layout, t) if weight is None else weight",
+     "weight = loss_weights(schedule, layout, t)"),
+    ("avdit", "target = a * eps - s * z0 if", "target = s * z0 - a * eps if"),
+    ("avdit", "        with torch.no_grad():\n            z0_hat",
+     "        with torch.enable_grad():\n            z0_hat"),
+    ("avdit", "torch.where(layout.per_element(t == 0), z_t, z0_hat)",
+     "torch.where(layout.per_element(t == 0), 0, z0_hat)"),
+    # samplers
+    ("avdit", "schedule.a[t_next] / schedule.a[t] * (z", "schedule.a[t] / schedule.a[t_next] * (z"),
+    ("avdit", "schedule.a[t_next] / schedule.a[t] * (z", "schedule.a[t] * (z"),
+    ("avdit", "beta / schedule.s[t].clamp(min=1e-8) * eps_hat", "beta / schedule.a[t] * eps_hat"),
+    ("avdit", "torch.where(t_next > 0, beta.sqrt() * noise_like(z, generator), 0)",
+     "beta.sqrt() * noise_like(z, generator)"),
+    ("avdit", "return schedule.a[t_next] * z0_hat +", "return schedule.a[t_next] * z0_hat.clamp(-3, 3) +"),
     ("avdit", "(after - now) / (now - before) / 2, 0)", "(after - now) / (now - before), 0)"),
-    ("avdit", "eps_hat - a / s.clamp(min=1e-8) * change", "eps_hat"),
     ("avdit", "ratio = torch.where(t_next > 0, (after - now)", "ratio = torch.where(t_next >= 0, (after - now)"),
-    ("avdit", "both = [c and {m: torch.cat([c[m], u[m]])", "both = [c and {m: torch.cat([u[m], c[m]])"),
-    ("avdit", "return a_next * z0_hat +", "return a_next * z0_hat.clamp(-3, 3) +"),
-    ("avdit", "shared = first[:, :1].expand(-1, m.N)", "shared = first[:1, :1].expand(batch, m.N)"),
-    ("avdit", "{m: torch.where(dropped[m], noise[m], z[m]) for m in z}, t,",
-     "{m: torch.where(dropped[m], noise[m] + 0.00635 * z[m], z[m]) for m in z}, t,"),
-    ("avdit", "clamp(-z_max[m], z_max[m])", "clamp(-max(z_max.values()), max(z_max.values()))"),
-    ("avdit", "strength * schedule.scales(t_next[m], z[m])[1] * grad[m]", "-strength * grad[m]"),
-    ("train", 'parts["ema"].update_parameters(model)', 'parts["ema"].update_parameters(model) if step == first else None'),
-    ("train", "[config.seed, step])", "[config.seed, 0])"),
-    ("train", "[config.seed, step, 1]", "[config.seed, 0, 1]"),
-    ("train", "int(words[row])", "int(words[i])"),
-    ("train", "min(1, (step + 1) / PRESETS[config.preset].warmup)", "1"),
-    ("sample", 'state["ema"].items() if k.startswith("module.")', 'state["model"].items()'),
+    ("avdit", "eps_hat - schedule.a[t] / schedule.s[t].clamp(min=1e-8) * change", "eps_hat"),
+    # sampling
+    ("avdit", "torch.linspace(schedule.T, 0, steps + 1,", "torch.linspace(schedule.T, 1, steps + 1,"),
+    ("avdit", "z = torch.where(held, z0, z)\n        if guided",
+     "z = torch.where(held, schedule.a[tau] * z0 + schedule.s[tau] * noise_like(z, generator), z)\n        if guided"),
+    ("avdit", "t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5",
+     "t, t_next = tau.expand_as(given), tau_next.expand_as(given)"),
+    ("avdit", "z0_prev, last = torch.where(held, z0, z0_hat), (t, z0_hat)", "last = (t, z0_hat)"),
+    ("avdit", "z0_prev, last = torch.where(held, z0, z0_hat), (t, z0_hat)", "z0_prev, last = z0_hat, (t, z0_hat)"),
+    # guidance
+    ("avdit", "(1 + guidance) * cond - guidance * uncond", "guidance * cond - (1 + guidance) * uncond"),
+    ("avdit", "(1 + guidance) * cond - guidance * uncond", "guidance * cond + (1 - guidance) * uncond"),
+    ("avdit", "for cond, uncond in halves]", "for uncond, cond in halves]"),
+    ("avdit", "torch.where(dropped, schedule.T, t)", "t"),
+    ("avdit", "torch.where(gone, 0, z0_prev)", "z0_prev"),
+    ("avdit", "torch.where(gone, noise, z)", "torch.where(gone, noise + 0.00635 * z, z)"),
+    ("avdit", "dropped = given & layout.of(", "dropped = layout.of("),
+    # the baselines
+    ("avdit", "t, t_next = tau.expand_as(given), tau_next.expand_as(given)",
+     "t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)"),
+    ("avdit", "torch.where(held, truth, z)", "torch.where(held, clean, z)"),
+    ("avdit", "a, s = schedule.scales(layout, t_next)", "a, s = schedule.scales(layout, tau.expand_as(given))"),
+    ("avdit", "z_next.detach(), z0_hat.detach(),", "z_next.detach(), torch.where(held, z0, z0_hat).detach(),"),
+    ("avdit", "strength * s * torch.autograd.grad(", "strength * torch.autograd.grad("),
+    ("avdit", "z_next - strength * s", "z_next + strength * s"),
+    # what a step sees, and what it does
+    ("data", "SeedSequence([seed, step])", "SeedSequence([seed, 0])"),
+    ("data", "SeedSequence([seed, step, 1])", "SeedSequence([seed, 0, 1])"),
+    ("data", "for row in rows.tolist()]", "for row in range(len(rows))]"),
+    ("train", 'run["ema"].update_parameters(model)',
+     'run["ema"].update_parameters(model) if step == first else None'),
+    ("train", "min(1, (step + 1) / PRESETS[args.preset].warmup)", "1"),
+    ("train", "layout.per_element(torch.cat(largest))", "torch.cat(largest).max()"),
+    ("train", "p.grad.lerp(momentum, 0.95)", "momentum"),
+    ("train", "math.sqrt(max(p.shape))", "math.sqrt(min(p.shape))"),
+    ("train", "update / update.norm().clamp(min=1e-7)", "update / update.norm(dim=1, keepdim=True).clamp(min=1e-7)"),
+    ("sample", 'saved["ema"].items() if k.startswith("module.")', 'saved["model"].items()'),
 ]  # fmt: skip
 
 # Mutants that no test can kill, because nothing changes: as main() names them -> why.
 EQUIVALENT = {
-    "mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat) | 1e-08 -> 2e-08": "s is 0 or at least 0.01",
-    "z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # still z = a z0_hat + s eps_hat | "
+    "mean = schedule.a[t_next] / schedule.a[t] * (z - beta / schedule.s[t].clamp(min=1e-8) * eps_hat) | "
+    "1e-08 -> 2e-08": "s is 0, and beta with it, or at least 0.01",
+    "eps_hat = eps_hat - schedule.a[t] / schedule.s[t].clamp(min=1e-8) * change  # z = a z0_hat + s eps_hat again | "
     "1e-08 -> 2e-08": "the same, and change is 0 where s is",
-    "loss = total / count.clamp(min=1e-8) | 1e-08 -> 2e-08": "count is 0, and total with it, or at least 0.01",
-    "weight = -1.0 | 1.0 -> 2.0": "as little a positive number",
+    "return weight / weight.sum().clamp(min=1e-8) | 1e-08 -> 2e-08": "all weights are 0, or their sum is at least 0.01",
     "starts = (0, *range(1, frames + 1, 4)) | 1 -> 2 (again)": "the same starts for every 1 + 4 k frames",
     "count = int(frames / fps / segment + 1e-6) | 1e-06 -> 2e-06": "a tolerance",
-    "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | 1e-06 -> 2e-06": "a tolerance",
-    "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | 1e-06 -> 2e-06 (again)": "a tolerance",
-    "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | edges[1:] <= end + 1e-06 -> "
-    "edges[1:] < end + 1e-06": "differs where an edge is off by exactly the tolerance",
-    "return (edges[:-1] >= start - 1e-6) & (edges[1:] <= end + 1e-6) | edges[:-1] >= start - 1e-06 -> "
-    "edges[:-1] > start - 1e-06": "the same",
-    "error = sum(torch.where(fixed[m], z_next[m] - shown[m], 0).square().sum() for m in z0) | 0 -> 1": "adds a constant, which has no gradient",
-    "clean = {m: torch.where(fixed[m], z0[m], 0) for m in z0} | 0 -> 1": "what lies there is never used",
+    "return (self.starts >= start - 1e-6) & (self.ends <= end + 1e-6) | 1e-06 -> 2e-06": "a tolerance",
+    "return (self.starts >= start - 1e-6) & (self.ends <= end + 1e-6) | 1e-06 -> 2e-06 (again)": "a tolerance",
+    "return (self.starts >= start - 1e-6) & (self.ends <= end + 1e-6) | self.ends <= end + 1e-06 -> "
+    "self.ends < end + 1e-06": "differs where an edge is off by exactly the tolerance",
+    "return (self.starts >= start - 1e-6) & (self.ends <= end + 1e-6) | self.starts >= start - 1e-06 -> "
+    "self.starts > start - 1e-06": "the same",
+    "return torch.cat([latents[name].flatten(1) for name in self.names], -1) | -1 -> --1": "flatten(1) leaves two axes",
+    "return torch.cat([part.flatten(2).mean(-1) for part in self.unpack(x).values()], -1) | -1 -> --1": "the same",
+    "with torch.set_grad_enabled(strength > 0): | strength > 0 -> strength >= 0": "keeps a graph that nothing uses",
+    "z = torch.where(held, truth, z).requires_grad_(strength > 0) | strength > 0 -> strength >= 0": "no graph is kept",
+    "t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5 | 0 -> 1 (again)":
+    "where a step leads the given part is never used",
+    "error = torch.where(held, z_next - truth, 0).square().sum() | 0 -> 1": "adds a constant, which has no gradient",
+    "clean = torch.where(held, z0, 0) | 0 -> 1": "what lies there is never used",
 }
 
 
@@ -133,7 +178,7 @@ def places(tree):
 
 
 def mutants(source):
-    """All mutants: name -> source. A name is its line and what changed in it, which outlives a change of other lines."""
+    """All mutants: name -> source. A name is its line and what changed in it, and outlives a change of other lines."""
     tree, lines, found = ast.parse(source), source.splitlines(), {}
     for node, attribute, value in list(places(tree)):
         kept, before = getattr(node, attribute), ast.unparse(node)
@@ -144,39 +189,50 @@ def mutants(source):
     return found
 
 
-def fate(name, source):
-    """Run the fast tests on a mutant of a module, in a child process that has torch already -> "killed", "survived"."""
+def start(name, source):
+    """Run the fast tests on a mutant of a module in a child process, which has torch already -> its number."""
     child = os.fork()
-    if not child:
-        signal.alarm(120)  # a mutant that never ends is killed
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        sys.modules[name] = module = types.ModuleType(name)
-        module.__file__ = str(ROOT / f"{name}.py")
-        status = 1
-        try:
-            exec(compile(source, module.__file__, "exec"), module.__dict__)  # noqa: S102
-            os.chdir(ROOT / "tests")
-            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *FAST[name]])
-        finally:
-            os._exit(status)
-    return "killed" if os.waitpid(child, 0)[1] else "survived"
+    if child:
+        return child
+    signal.alarm(120)  # a mutant that never ends is killed
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    sys.modules[name] = module = types.ModuleType(name)
+    module.__file__ = str(ROOT / f"{name}.py")
+    status = 1
+    try:
+        exec(compile(source, module.__file__, "exec"), module.__dict__)  # noqa: S102
+        os.chdir(ROOT / "tests")
+        status = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *FAST[name]])
+    finally:
+        os._exit(status)
+
+
+def fates(todo, jobs):
+    """{key: (module, source)} -> (key, "killed" or "survived") of each as soon as it is known, `jobs` at a time."""
+    waiting, running = iter(todo.items()), {}
+    while True:
+        for key, mutant in islice(waiting, jobs - len(running)):
+            running[start(*mutant)] = key
+        if not running:
+            return
+        child, status = os.wait()
+        yield running.pop(child), "killed" if status else "survived"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
-    parser.add_argument("--count", type=int, default=300, help="places to change (default 300)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/mutants.csv"), help="results (default runs/mutants.csv)")
+    add = parser.add_argument
+    add("--count", type=int, default=300, help="places to change (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sample (%(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (one a core)")
+    add("--out", type=Path, default=Path("runs/mutants.csv"), help="results (%(default)s)")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)  # threads do not outlive a fork
     source = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in FAST}
-    for name, text in source.items():
-        if fate(name, text) != "survived":
-            sys.exit(f"the tests of {name}.py fail as it stands")
     every = {key: ("avdit", text) for key, text in mutants(source["avdit"]).items()}
     sampled = random.Random(args.seed).sample(sorted(every), min(args.count, len(every)))
     by_hand = {}
@@ -184,13 +240,18 @@ def main():
         if source[name].count(old) != 1:
             sys.exit(f"not once in {name}.py: {old}")
         by_hand[f"{name}: {old} -> {new}"] = (name, source[name].replace(old, new))
+    for key in EQUIVALENT.keys() - every.keys():
+        sys.exit(f"EQUIVALENT names what is no mutant: {key}")
+    for name, result in fates({name: (name, source[name]) for name in FAST}, args.jobs):
+        if result != "survived":
+            sys.exit(f"the tests of {name}.py fail as it stands")
     known = dict(csv.reader(args.out.open())) if args.out.exists() else {}
-    for key in [*by_hand, *sampled]:
-        if key not in known:
-            known[key] = fate(*{**by_hand, **every}[key])
-            with args.out.open("a", newline="") as file:
-                csv.writer(file).writerow([key, known[key]])
-            print(f"{known[key]:8} {key}", flush=True)
+    wanted = {**by_hand, **{key: every[key] for key in sampled}}
+    for key, result in fates({key: mutant for key, mutant in wanted.items() if key not in known}, args.jobs):
+        known[key] = result
+        with args.out.open("a", newline="") as file:
+            csv.writer(file).writerow([key, result])
+        print(f"{result:8} {key}", flush=True)
     worst = 1
     for title, keys in (("by hand", by_hand), ("sampled", sampled)):
         alive = [key for key in keys if known[key] == "survived" and key not in EQUIVALENT]

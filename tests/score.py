@@ -166,11 +166,11 @@ def table(args, trained, tasks):
         if task == "a2v":  # once more, 16 samples of every sound, to see how they spread
             again = sample.make(trained, args, z[torch.arange(args.n) // 16], given, task)
             s["spread"] = spread(again["video"], 16)
-        cells = (f"{float(s[k]):13.3f}" if k in s else f"{'-':>13}" for k in SCORES)
+        cells = (f"{float(s[k]):14.3f}" if k in s else f"{'-':>14}" for k in SCORES)
         print(f"{name:12}" + "".join(cells), flush=True)
 
     print(f"{args.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
-    print(" " * 12 + "".join(f"{k:>13}" for k in SCORES))
+    print(" " * 12 + "".join(f"{k:>14}" for k in SCORES))
     row("tokenizer", "", trained.tokenizers.decode(z), trained.window(clips), task_mask("joint", trained.layout))
     for task, given in tasks.items():
         made = sample.make(trained, args, z, given, task, windows)

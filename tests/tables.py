@@ -13,12 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from score import SCORES
+
 import sample
-from avdit import TASKS
+from avdit import TASKS, task_mask
+from train import open_device
 
 # The paper's optimizer, and DDIM, for all alike; the toy preset's own are faster.
 TRAINING, SAMPLING = ("--optimizer", "adamw", "--lr", 2e-3), ("--sampler", "ddim", "--steps", 12)
@@ -33,7 +36,7 @@ MODELS = {
     "Pt/Pm/Ptm": ("--mixture", "pt+pm+ptm"),
     "MoNL, eps": ("--mixture", "monl", "--prediction", "eps"),
 }
-# row of a table -> (model, arguments of sample.py); of "Conditional" every task has a model of its own
+# row of a table -> (model, arguments of score.py); of "Conditional" every task has a model of its own
 WAYS = {
     **{name: (name, ()) for name in MODELS if name not in TASKS},
     "Vanilla": ("Vanilla", ("--method", "replacement")),
@@ -135,15 +138,16 @@ def job(model, seed, args, ready):
     missing = [way for way in ways if not any(done == last for done, _ in ready.get((way, seed), ()))]
     common = ("--seed", seed, "--device", args.device)
     if missing:
-        more = (*TRAINING, "--steps", args.steps, "--out", folder, "--resume", *common)
+        more = (*TRAINING, "--steps", args.steps, "--out", folder, *common)
         run("train.py", *MODELS[model], *more, log=folder / "train.txt")
     for way in missing:
-        to = folder / folder_name(way)
-        more = (*SAMPLING, "--task", task, "--n", args.n, "--out", to, *common)
-        printed = run("sample.py", "--ckpt", folder, "--score", *ways[way], *more, log=folder / f"{to.name}.txt")
-        lines = [line.split() for line in printed.splitlines()]
-        rows = [(way, seed, line[0], score, value) for line in lines if line and line[0] in (*TASKS, "tokenizer")
-                for score, value in zip(sample.SCORES, line[1:]) if value != "-"]  # fmt: skip
+        more = (*SAMPLING, "--task", task, "--n", args.n, *common)
+        log = folder / f"{folder_name(way)}.txt"
+        lines = run("tests/score.py", "--ckpt", folder, *ways[way], *more, log=log).splitlines()
+        rows = []
+        for name, *values in map(str.split, lines):
+            if name in (*TASKS, "tokenizer"):
+                rows += [(way, seed, name, score, value) for score, value in zip(SCORES, values) if value != "-"]
         scores = args.out / "scores.csv"
         with LOCK, scores.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -165,32 +169,33 @@ def table(found, ways, columns, digits, paper):
         print(f"| {way} | " + " | ".join(cells) + " |")
 
 
-def figure(out, path, clip):
+def figure(args, path):
     """One held-out clip continued by every row of Table 1, under the true clip."""
-    names, videos, sounds = ["true"], [], []
+    made = {}
     for way in TABLE_1:
-        model = "continue" if way == "Conditional" else WAYS[way][0]
-        made = np.load(out / folder_name(model, 0) / folder_name(way) / "continue/samples.npz", allow_pickle=False)
-        names.append(way)
-        videos.append(made["video"][clip])
-        sounds.append(made["audio"][clip])
-    videos, sounds = [made["video_true"][clip], *videos], [made["audio_true"][clip], *sounds]
-    given = made["given_video"], made["given_audio"]
+        model, extra = ("continue", ()) if way == "Conditional" else WAYS[way]
+        trained = sample.Trained(args.out / folder_name(model, 0), open_device(args.device))
+        settings = sample.make_parser(None, n=1).parse_args([*map(str, SAMPLING), *extra])
+        given = task_mask("continue", trained.layout)
+        true = {name: x[args.clip :] for name, x in trained.clips(None, args.clip + 1, 1).items()}
+        made[way] = sample.make(trained, settings, trained.tokenizers.encode(true), given, way)
+    rows = {"true": true, **made}
+    video, audio = (torch.cat([row[name] for row in rows.values()]).numpy() for name in ("video", "audio"))
+    masks = [mask.numpy() for mask in trained.per_frame(given).values()]
     title = "continue, one held-out clip, the truth on top"
-    sample.write_sheet(path, title, np.stack(videos), np.stack(sounds), given, int(made["sample_rate"]), names=names)
+    sample.write_sheet(path, title, video, audio, masks, trained.media.sample_rate, names=list(rows))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of every model (default 1500)")
-    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default 3)")
-    parser.add_argument("--n", type=int, default=256, help="samples a task (default 256)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    parser.add_argument("--device", default="auto", help="as in train.py")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/tables"), help="folder of these --steps and --n (default runs/tables)"
-    )
-    parser.add_argument("--clip", type=int, default=0, help="held-out clip of strategies.png (default 0)")
+    add = parser.add_argument
+    add("--steps", type=int, default=1500, help="training steps of every model (%(default)s)")
+    add("--seeds", type=int, default=3, help="models of each kind (%(default)s)")
+    add("--n", type=int, default=256, help="samples a task, a multiple of 16 (%(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one a core)")
+    add("--device", default="auto", help="as in train.py (%(default)s)")
+    add("--out", type=Path, default=Path("runs/tables"), help="folder of these --steps and --n (%(default)s)")
+    add("--clip", type=int, default=0, help="held-out clip of strategies.png (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     ready = read(args.out / "scores.csv")
@@ -206,7 +211,7 @@ def main():
     for title, ways, columns, digits, paper in TABLES:
         print(f"\n{title}")
         table(found, ways, columns, digits, paper)
-    figure(args.out, args.out / "strategies.png", args.clip)
+    figure(args, args.out / "strategies.png")
 
 
 if __name__ == "__main__":

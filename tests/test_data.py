@@ -1,4 +1,4 @@
-"""data.py: the toy world against its specification, readers against the truth, tokenizers, folders, files."""
+"""data.py: the toy world against its specification, tokenizers, folders, files, what a training step sees."""
 
 import math
 from pathlib import Path
@@ -10,9 +10,9 @@ import soundfile
 import torch
 
 import data
-from avdit import PRESETS, av_modalities
+from avdit import PRESETS, Layout, av_modalities
 
-TOY = PRESETS["toy"].modalities
+TOY = Layout(PRESETS["toy"].modalities)
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 
 
@@ -25,9 +25,8 @@ def toy():
 def fitted():
     """Tokenizers of the toy preset, fitted on other clips."""
     clips, _ = data.toy_clips(768, 0)
-    tokenizers = data.make_tokenizers("toy", TOY, data.SIZE, data.RATE)
-    for m in tokenizers:
-        tokenizers[m].fit(clips[m])
+    tokenizers = data.Tokenizers("toy", TOY, data.TOY)
+    tokenizers.fit(clips)
     return tokenizers
 
 
@@ -67,60 +66,17 @@ def test_toy_clips_are_a_fixed_set():
     assert few["video"].shape == (3, 17, 32, 32, 3) and few["audio"].shape == (3, 17000)
 
 
-def test_readers_on_real_clips(toy):
-    clips, truth = toy
-    position, hue, radius = data.read_video(clips["video"])
-    assert (position - truth["position"]).abs().mean() < 2e-4
-    assert data.circular(hue, truth["hue"]).mean() < 5e-5
-    assert abs(radius.mean() - 0.126) < 5e-4
-    assert (data.read_height(clips["audio"]) - truth["position"][..., 1]).abs().mean() < 0.012
-    assert data.circular(data.read_timbre(clips["audio"]), truth["hue"]).mean() < 0.003
-    assert data.read_motion(position).mean() < 0.007
-
-
-def test_readers_at_chance():
-    """Unrelated clips score what the world's uniform draws say: 1/3 for two heights, 1/4 for two hues."""
-    (a, ta), (b, _) = data.toy_clips(400, 11), data.toy_clips(400, 12)
-    assert abs((data.read_height(b["audio"]) - ta["position"][..., 1]).abs().mean() - 1 / 3) < 0.03
-    assert abs(data.circular(data.read_video(a["video"])[1], data.read_timbre(b["audio"])).mean() - 0.25) < 0.03
-
-
-def test_motion_sees_a_jump():
-    time = torch.arange(17) / 8
-    line = data.mirror(0.3 + 0.8 * time)
-    jump = line.clone()
-    jump[8:] = data.mirror(1.1 + 0.8 * time[8:])
-    residual = data.read_motion(torch.stack([line, jump], -1)[None])[0]
-    assert residual[0] < 0.003 and residual[1] > 0.1
-
-
 # --- Tokenizers -----------------------------------------------------------------------
-
-
-def test_toy_tokenizers_floor(toy, fitted):
-    clips, truth = toy
-    z = {m: fitted[m].encode(clips[m]) for m in clips}
-    for m in TOY:
-        assert z[m.name].shape == (64, *m.shape) and z[m.name].isfinite().all()
-    back = {m: fitted[m].decode(z[m]) for m in z}
-    assert back["video"].dtype == torch.uint8 and back["audio"].shape == (64, 17000)
-    position, hue, radius = data.read_video(back["video"])
-    assert (position - truth["position"]).abs().mean() < 0.01
-    assert data.circular(hue, truth["hue"]).mean() < 0.005
-    assert (radius / 0.1258 - 1).abs().mean() < 0.07
-    assert (data.read_height(back["audio"]) - truth["position"][..., 1]).abs().mean() < 0.015
-    assert data.circular(data.read_timbre(back["audio"]), truth["hue"]).mean() < 0.05
 
 
 def test_latents_have_zero_mean_and_unit_variance(fitted):
     clips, _ = data.toy_clips(768, 0)
-    for m in clips:
-        z = fitted[m].encode(clips[m])
-        parts = [z[:, 1:]] if m == "video" else [z]  # the first frame's components are fitted on every frame
-        for part in parts:
-            flat = part.flatten(0, -2)
-            assert flat.mean(0).abs().max() < 1e-3 and (flat.std(0) - 1).abs().max() < 1e-3
-        assert fitted[m].z_max == z.abs().max()
+    z = fitted.encode(clips)
+    assert z.shape == (768, TOY.E) and z.isfinite().all()
+    for name, part in TOY.unpack(z).items():
+        part = part[:, 1:] if name == "video" else part  # the first frame's components are fitted on every frame
+        flat = part.flatten(0, -2)
+        assert flat.mean(0).abs().max() < 1e-3 and (flat.std(0) - 1).abs().max() < 1e-3
 
 
 def test_video_latents_are_causal_and_patches_keep_their_place(toy, fitted):
@@ -143,14 +99,10 @@ def test_a_full_basis_loses_nothing():
     assert error <= 1  # fewer patches than dimensions: the basis spans them all, the other channels stay zero
 
 
-def test_istft_inverts_stft_and_stft_is_torchs(fitted, toy):
+def test_istft_inverts_stft(fitted, toy):
     t, sound = fitted["audio"], toy[0]["audio"][:2, : 40 * 125 + 256 - 125]
-    frames = t.stft(sound)
-    torch.testing.assert_close(
-        t.istft(frames)[:, 2:-2], sound[:, 2:-2], atol=1e-4, rtol=1e-3
-    )  # a Hann window ends in 0
-    theirs = torch.stft(sound, t.size, t.hop, window=torch.hann_window(t.size), center=False, return_complex=True)
-    torch.testing.assert_close(frames, theirs.mT, atol=1e-4, rtol=1e-4)
+    made = t.istft(t.stft(sound))
+    torch.testing.assert_close(made[:, 2:-2], sound[:, 2:-2], atol=1e-4, rtol=1e-3)  # a Hann window ends in 0
 
 
 def test_features_are_square_roots_of_magnitudes(fitted, toy):
@@ -185,7 +137,7 @@ def test_no_seam_is_heard_between_windows(fitted):
 def test_any_sample_rate(rate):
     """Segments that are no whole number of samples or hops."""
     modalities = av_modalities(8, (2, 2), 12, 1 / 8, 8)
-    t = data.make_tokenizers("folder", modalities, 32, rate)["audio"]
+    t = data.Tokenizers("folder", Layout(modalities), data.Media(8, 32, rate))["audio"]
     sound = 0.5 * torch.sin(2 * math.pi * 500 / rate * torch.arange(round(17 / 8 * rate))).expand(3, -1)
     t.fit(sound)
     made = t.decode(t.encode(sound))
@@ -220,13 +172,13 @@ def make_clip(path, seconds=5.0, fps=25, size=(48, 80), rate=22050, tone=440.0, 
     return path
 
 
-FOLDER = av_modalities(8, (2, 2), 12, 0.125, 8)
+FOLDER, MEDIA = Layout(av_modalities(8, (2, 2), 12, 0.125, 8)), data.Media(8, 32, 16000)
 
 
 def test_a_clip_is_resampled_cropped_and_cut(tmp_path):
     for name, fps in (("plain.mp4", 25), ("-lead ing 'q\" ü.mkv", 10)):
         path = make_clip(tmp_path / name, fps=fps)
-        clips = data.clip_windows(path, FOLDER, 8, 32, 16000)
+        clips = data.clip_windows(path, FOLDER, MEDIA)
         assert clips["video"].shape == (2, 17, 32, 32, 3) and clips["audio"].shape == (2, 34000)
         left, right = (
             clips["video"][..., part, :].float().mean((0, 1, 2, 3)) for part in (slice(4, 12), slice(20, 28))
@@ -243,7 +195,7 @@ def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
     make_clip(tmp_path / "d_short.mp4", seconds=1.5)
     (tmp_path / "e_broken.mp4").write_bytes((tmp_path / "b_good.mp4").read_bytes()[:300])
     (tmp_path / "a_notes.txt").write_text("not a clip")
-    clips = data.load_clips(str(tmp_path), "train", FOLDER, 8, 32, 16000)
+    clips = data.load_clips(str(tmp_path), "train", FOLDER, MEDIA)
     assert len(clips["video"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == [
@@ -253,13 +205,13 @@ def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
     ]
     assert "no sound" in lines[0] and "2.12 s are needed" in lines[1]
     with pytest.raises(ValueError, match="no usable clip"):
-        data.load_clips(str(tmp_path), "held", FOLDER, 8, 32, 16000)  # a_notes.txt is the file set aside
+        data.load_clips(str(tmp_path), "held", FOLDER, MEDIA)  # a_notes.txt is the file set aside
 
 
 def test_a_folder_is_split_by_file(tmp_path):
     for i in range(3):
         make_clip(tmp_path / f"{i}.mp4", tone=300 + 200 * i)
-    train, held = (data.load_clips(str(tmp_path), split, FOLDER, 8, 32, 16000) for split in ("train", "held"))
+    train, held = (data.load_clips(str(tmp_path), split, FOLDER, MEDIA) for split in ("train", "held"))
     pitch = lambda x: torch.fft.rfft(x[:, :16000]).abs().argmax(-1).tolist()
     assert pitch(held["audio"]) == [300, 300] and pitch(train["audio"]) == [500, 500, 700, 700]
 
@@ -267,7 +219,7 @@ def test_a_folder_is_split_by_file(tmp_path):
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips beside the project")
 def test_real_clips():
     for path in sorted(CLIPS.iterdir()):
-        clips = data.clip_windows(path, FOLDER, 8, 32, 16000)
+        clips = data.clip_windows(path, FOLDER, MEDIA)
         assert len(clips["video"]) >= 2 and clips["video"].float().std() > 5 and clips["audio"].std() > 1e-3
     # the spacecraft film holds 320 x 180 with 8 kHz sound and 480 x 270 with 16 kHz sound
     assert data.best_streams(CLIPS / "nasa_13013.mp4") == ("0:3", "0:4")
@@ -287,22 +239,41 @@ def latents_file(path, **change):
 
 def test_latents_are_read_and_standardized(tmp_path):
     path = latents_file(tmp_path / "z.npz")
-    latents, modalities = data.read_latents(path)
-    assert [(m.name, m.shape) for m in modalities] == [("video", (3, 2, 2, 4)), ("audio", (6, 5))]
-    assert modalities[0].edges == (0, 0.1, 0.5, 0.9)
-    train, held = (data.load_clips(path, split, modalities, 0, 0, 0) for split in ("train", "held"))
+    latents, layout = data.read_latents(path)
+    assert [(m.name, m.shape) for m in layout.modalities] == [("video", (3, 2, 2, 4)), ("audio", (6, 5))]
+    assert layout.modalities[0].edges == (0, 0.1, 0.5, 0.9)
+    train, held = (data.load_clips(path, split, layout, data.TOY) for split in ("train", "held"))
     assert len(train["video"]) == 10 and torch.equal(held["audio"], latents["audio"][[0, 10]])
-    tokenizer = data.make_tokenizers(path, modalities, 0, 0)["video"]
-    tokenizer.fit(latents["video"])
-    z = tokenizer.encode(latents["video"]).flatten(0, -2)
-    assert z.mean(0).abs().max() < 1e-5 and (z.std(0) - 1).abs().max() < 1e-5
-    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(latents["video"])), latents["video"])
+    tokenizers = data.Tokenizers(path, layout, data.TOY)
+    tokenizers.fit(latents)
+    z = tokenizers.encode(latents)
+    for part in layout.unpack(z).values():
+        flat = part.flatten(0, -2)
+        assert flat.mean(0).abs().max() < 1e-5 and (flat.std(0) - 1).abs().max() < 1e-5
+    back = tokenizers.decode(z)
+    for name, x in latents.items():
+        torch.testing.assert_close(back[name], x)
+
+
+def test_any_modalities_are_read_and_video_is_the_time_reference(tmp_path):
+    touch = {"touch": np.zeros((12, 4, 7, 2, 3, 1)), "touch_edges": np.arange(5)}
+    _, layout = data.read_latents(latents_file(tmp_path / "three.npz", **touch))
+    assert [(m.name, m.grid, m.channels) for m in layout.modalities] == [
+        ("video", (2, 2), 4), ("audio", (), 5), ("touch", (7, 2, 3), 1)]  # fmt: skip
+    _, layout = data.read_latents(latents_file(tmp_path / "two.npz", video=None, video_edges=None, **touch))
+    assert layout.names == ["audio", "touch"]  # as they stand in the file
+    np.savez(tmp_path / "last.npz", a=np.zeros((2, 1, 3)), a_edges=[0, 1], video=np.zeros((2, 1, 3)), video_edges=[0, 1])
+    assert data.read_latents(tmp_path / "last.npz")[1].names == ["video", "a"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"audio": None}, "must hold"),
+        ({"audio": None}, "must hold pairs"),
+        ({"audio_edges": None}, "must hold pairs"),
+        ({name: None for name in ("video", "audio", "video_edges", "audio_edges")}, "must hold pairs"),
+        ({"fit": np.zeros((12, 6, 5)), "fit_edges": np.arange(7)}, "cannot be a modality's name"),
+        ({"a.b": np.zeros((12, 6, 5)), "a.b_edges": np.arange(7)}, "cannot be a modality's name"),
         ({"video_edges": np.array([0, 0.1, 0.5])}, "does not fit"),
         ({"video_edges": np.array([0, 0.5, 0.1, 0.9])}, "do not rise"),
         ({"audio": np.full((12, 6, 5), np.nan)}, "not finite"),
@@ -316,3 +287,33 @@ def test_wrong_latents_are_named(tmp_path, change, message):
     (tmp_path / "junk.npz").write_bytes(b"junk")
     with pytest.raises(ValueError, match="no .npz"):
         data.read_latents(tmp_path / "junk.npz")
+
+
+# --- What a training step sees --------------------------------------------------------
+
+
+def test_batches_depend_on_seed_step_and_position_alone():
+    def draws(seed, step):
+        return data.draw(seed, step, 4096, 6, "monl", TOY, 1000)
+
+    def equal(a, b):
+        return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+
+    assert equal(draws(0, 7), draws(0, 7)) and not torch.equal(draws(0, 7)[0], draws(0, 8)[0])
+    assert not torch.equal(draws(0, 7)[1], draws(0, 8)[1]) and not torch.equal(draws(1, 7)[0], draws(0, 7)[0])
+    every = torch.arange(6)
+    whole, other = (data.draw_noise(0, step, every, TOY.E) for step in (7, 8))
+    assert whole.shape == (6, TOY.E) and abs(whole.std() - 1) < 0.05
+    assert len(whole.unique()) > 0.99 * whole.numel()  # a few float32 coincide, but no two rows
+    assert torch.equal(data.draw_noise(0, 7, torch.tensor([4, 1]), TOY.E), whole[[4, 1]])
+    assert not (other == whole).any() and not torch.equal(data.draw_noise(1, 7, every, TOY.E), whole)
+    coins = [draws(0, step)[2] for step in range(600)]
+    assert abs(sum(coins) / 600 - 0.9) < 4 * (0.09 / 600) ** 0.5
+
+
+def test_draws_do_not_follow_each_other():
+    """Indices of examples and their timesteps are uniform and unrelated, over many steps."""
+    draws = [data.draw(0, step, 1000, 32, "vanilla", TOY, 1000) for step in range(200)]
+    index, t = torch.stack([d[0] for d in draws]).double(), torch.stack([d[1][:, 0] for d in draws]).double()
+    assert abs(index.mean() - 499.5) < 5 * 289 / 80 and abs(t.mean() - 500.5) < 5 * 289 / 80  # 6400 draws
+    assert abs(torch.stack([index.flatten(), t.flatten()]).corrcoef()[0, 1]) < 5 / 80

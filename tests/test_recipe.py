@@ -39,7 +39,7 @@ def test_readmes_recipe(call, tmp_path, monkeypatch):
         names["av_modalities"](8, (8, 8), 16, 1 / 75, 128, frames=16)  # ... but not here
 
     assert call(train, "--data", "latents.npz", "--out", "run", "--steps", 2, "--batch", 2)[0] == 0
-    kept = train.load(tmp_path / "run/ckpt.pt")["tokenizers"]
+    kept = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["tokenizers"]
     chosen = np.arange(6) % 10 > 0
     for m in ("video", "audio"):
         flat = latents[m][chosen].reshape(-1, latents[m].shape[-1])

@@ -1,114 +1,137 @@
 """Loss, masks and sampling against closed forms, slow loops written from the paper, and spies."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from test_method import THREE, TOY, alpha_bar, latents, randomized
+from test_method import AUDIO, THREE, TOUCH, TOY, VIDEO, alpha_bar, latents, ptm_timesteps, randomized
 
 from avdit import (
-    METHODS,
     SAMPLERS,
     AVDiT,
+    Layout,
+    Modality,
     NoiseSchedule,
     generate,
-    sample_timesteps,
-    self_condition,
-    span_mask,
+    generate_baseline,
+    loss_weights,
+    noise_like,
     task_mask,
     training_loss,
 )
 
 SCHEDULE = NoiseSchedule()
+SHORT, SHORT_AB = NoiseSchedule(100, 1e-3, 0.2), np.cumprod([1, *(1 - np.linspace(1e-3, 0.2, 100))])  # few steps
+ETA = 0.7
 
 
 class Spy:
     """A made-up denoiser that keeps what it is shown. It mixes all elements, so that nothing given goes unnoticed."""
 
-    def __init__(self, prediction="eps"):
-        self.prediction, self.calls = prediction, []
+    def __init__(self, layout, prediction="eps"):
+        self.layout, self.prediction, self.calls = layout, prediction, []
 
-    def __call__(self, z_t, t, z0_prev=None):
-        keep = lambda x: None if x is None else {m: v.clone() for m, v in x.items()}
-        self.calls.append((keep(z_t), keep(t), keep(z0_prev)))
-        mean = sum(z.flatten(1).mean(1) for z in z_t.values())
-        if z0_prev is not None:
-            mean = mean + sum(z.flatten(1).mean(1) for z in z0_prev.values())
-        out = {}
-        for m, z in z_t.items():
-            shape = (-1, *[1] * (z.ndim - 1))
-            level = t[m].reshape(*t[m].shape, *[1] * (z.ndim - 2)) / 1000
-            out[m] = torch.tanh(0.7 * z + 0.3 * mean.reshape(shape) + level)
-        return out
+    def out(self, z, t, z0_prev=None):
+        seen = z if z0_prev is None else z + z0_prev
+        return torch.tanh(0.7 * z + 2 * seen.mean(1, keepdim=True) + t[:, self.layout.segment] / 1000)
+
+    def __call__(self, *inputs):
+        self.calls.append([None if x is None else x.detach().clone() for x in inputs])
+        return self.out(*inputs)
 
 
-def masks(modalities, batch, seed):
+def masks(layout, batch, seed):
+    return torch.rand(batch, layout.S, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def drawn(seed, layout, batch):
+    """The noises of a sampler in their order, without end."""
     g = torch.Generator().manual_seed(seed)
-    return {m.name: torch.rand(batch, m.N, generator=g) < 0.5 for m in modalities}
+    while True:
+        yield torch.randn(batch, layout.E, generator=g, dtype=torch.float64)
 
 
-def wide(mask, z):
-    return mask.expand(z.shape[:2]).reshape(*z.shape[:2], *[1] * (z.ndim - 2)).expand(z.shape)
+def ddim_eta_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator):
+    """What a fork may add: DDIM with eta > 0, by this function and its name. Every step draws noise."""
+    (a, s), (a_next, s_next) = schedule.scales(layout, t), schedule.scales(layout, t_next)
+    sigma = ETA * s_next / s.clamp(min=1e-8) * (1 - (a / a_next) ** 2).sqrt()
+    return a_next * z0_hat + (s_next**2 - sigma**2).sqrt() * eps_hat + sigma * noise_like(z, generator)
 
 
-# --- Training loss --------------------------------------------------------------------
+def slow_step(sampler, z, eps, ab, ab2, noise):
+    """From alpha_bar = ab to ab2, as the papers print it: DDPM's Eq. 11, DDIM's Eq. 12 with sigma of its Eq. 16."""
+    if sampler == "ddpm":
+        mean = (z - (1 - ab / ab2) / math.sqrt(1 - ab) * eps) / math.sqrt(ab / ab2)
+        return mean + (math.sqrt(1 - ab / ab2) * next(noise) if ab2 < 1 else 0 * next(noise))
+    sigma = {"ddim": 0, "ddim_eta": ETA}[sampler] * math.sqrt((1 - ab2) / (1 - ab)) * math.sqrt(1 - ab / ab2)
+    z0_hat = (z - math.sqrt(1 - ab) * eps) / math.sqrt(ab)
+    mean = math.sqrt(ab2) * z0_hat + math.sqrt(1 - ab2 - sigma**2) * eps
+    return mean if sampler == "ddim" else mean + sigma * next(noise)
+
+
+# --- Training loss ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize(("conditioning", "power"), [(False, 0), (True, 0), (True, 1)])
 def test_loss_is_eq_6(prediction, conditioning, power):
-    spy, ab = Spy(prediction), torch.tensor(alpha_bar())
-    z0, eps = latents(THREE, 3, 1, torch.float64), latents(THREE, 3, 2, torch.float64)
-    t = sample_timesteps("ptm", THREE, 3, 1000, torch.Generator().manual_seed(0))
-    t["audio"][1] = 0  # a given modality
-    t["video"][1] = torch.tensor([1, 0, 2])  # the least noise is noise
-    z_max = {"video": 1.5, "audio": 0.5, "touch": 2.5}
-    loss, errors = training_loss(
-        spy, SCHEDULE, z0, t, eps, self_conditioning=conditioning, z_max=z_max, noise_power=power, return_errors=True
-    )
-    assert len(spy.calls) == 1 + conditioning
+    spy, ab, t = Spy(THREE, prediction), alpha_bar(), ptm_timesteps(THREE, 3)
+    z0, eps = (latents(THREE, 3, seed, torch.float64) for seed in (1, 2))
+    weight = loss_weights(SCHEDULE, THREE, t, power)
+    loss, errors = training_loss(spy, SCHEDULE, THREE, z0, t, eps, weight, conditioning)
     if not conditioning and not power:  # the defaults
-        assert training_loss(Spy(prediction), SCHEDULE, z0, t, eps, z_max=z_max) == loss
-    prev = None
-    if conditioning:  # the pass without gradient sees none; its estimate, clamped, goes beside z_t
+        assert training_loss(Spy(THREE, prediction), SCHEDULE, THREE, z0, t, eps)[0] == loss
+        assert torch.equal(loss_weights(SCHEDULE, THREE, t), weight)
+    level = torch.tensor(ab)[t[:, THREE.segment]]
+    a, s = level.sqrt(), (1 - level).sqrt()
+    z, prev = a * z0 + s * eps, None  # Eq. 5
+    target = a * eps - s * z0 if prediction == "v" else eps
+    assert len(spy.calls) == 1 + conditioning
+    for z_seen, t_seen, _ in spy.calls:
+        torch.testing.assert_close(z_seen, z, atol=1e-6, rtol=1e-6)
+        assert torch.equal(t_seen, t)
+    if conditioning:  # the first pass sees no estimate, the second the first's, and the clean value where it is given
         assert spy.calls[0][2] is None
-        first = Spy(prediction)(*spy.calls[0])
-        prev = {}
-        for m in z0:
-            a, s = (wide(x[t[m]], z0[m]) for x in (ab.sqrt(), (1 - ab).sqrt()))
-            z_t = a * z0[m] + s * eps[m]
-            z0_hat = a * z_t - s * first[m] if prediction == "v" else (z_t - s * first[m]) / a
-            prev[m] = torch.where(wide(t[m] == 0, z_t), z0[m], z0_hat.clamp(-z_max[m], z_max[m]))
-            torch.testing.assert_close(spy.calls[1][2][m], prev[m], atol=1e-4, rtol=1e-4)
-    total = count = 0.0
-    for m in z0:
-        for b in range(3):
-            for n in range(z0[m].shape[1]):
-                level = ab[t[m][b, n]]
-                a, s = level.sqrt(), (1 - level).sqrt()
-                target = eps[m][b, n] if prediction == "eps" else a * eps[m][b, n] - s * z0[m][b, n]
-                out = Spy(prediction)(*spy.calls[-1])[m][b, n]
-                square = ((out - target) ** 2).sum().item()
-                assert abs(errors[m][b, n].item() - square / out.numel()) < 1e-5
-                if t[m][b, n] > 0:
-                    total, count = total + s.item() ** power * square, count + s.item() ** power * out.numel()
+        z0_hat = a * z - s * spy.out(z, t) if prediction == "v" else (z - s * spy.out(z, t)) / a
+        prev = torch.where((t == 0)[:, THREE.segment], z0, z0_hat)
+        torch.testing.assert_close(spy.calls[1][2], prev, atol=1e-4, rtol=1e-4)
+    squares, total, count, counts = (spy.out(z, t, prev) - target) ** 2, 0.0, 0.0, torch.zeros(3, THREE.S)
+    for b in range(3):
+        for n in range(THREE.S):
+            square = squares[b, THREE.segment == n]
+            assert abs(errors[b, n] - square.mean()) < 1e-4 * (1 + square.mean())
+            if t[b, n] > 0:
+                counts[b, n] = math.sqrt(1 - ab[t[b, n]]) ** power * len(square)
+                total, count = total + counts[b, n].item() * square.mean().item(), count + counts[b, n].item()
     assert abs(loss.item() - total / count) < 1e-5
+    torch.testing.assert_close(weight, counts / count)
+
+
+def test_parts_have_their_share_of_the_loss():
+    """With their rows of all weights. Where everything is given, the loss is 0."""
+    t, z0, eps = ptm_timesteps(THREE, 3), latents(THREE, 3, 1), latents(THREE, 3, 2)
+    model, weight = randomized(AVDiT(THREE, 16, 1, 2)), loss_weights(SCHEDULE, THREE, t, 1)
+    whole, *parts = (training_loss(model, SCHEDULE, THREE, z0[rows], t[rows], eps[rows], weight[rows])[0].item()
+                     for rows in (slice(3), slice(1), slice(1, 3)))  # fmt: skip
+    assert sum(parts) == pytest.approx(whole, rel=1e-5) and len({whole, *parts}) == 3
+    assert training_loss(model, SCHEDULE, THREE, z0, 0 * t, eps)[0] == 0
 
 
 def test_self_conditioning_carries_no_gradient():
-    model = randomized(AVDiT(THREE, 16, 1, 2))
+    model, t = randomized(AVDiT(THREE, 16, 1, 2)), ptm_timesteps(THREE, 2)
     z0, eps = latents(THREE, 2, 1), latents(THREE, 2, 2)
-    t = sample_timesteps("ptm", THREE, 2, 1000, torch.Generator().manual_seed(0))
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append((args[2], torch.is_grad_enabled())))
-    training_loss(model, SCHEDULE, z0, t, eps, self_conditioning=True).backward()
+    loss, errors = training_loss(model, SCHEDULE, THREE, z0, t, eps, self_conditioning=True)
+    loss.backward()
     assert [grad for _, grad in seen] == [False, True] and seen[0][0] is None
-    assert not any(z.requires_grad for z in seen[1][0].values())
+    assert not seen[1][0].requires_grad and not errors.requires_grad
     assert all(p.grad is not None for p in model.parameters())
 
 
-# --- Masks ----------------------------------------------------------------------------
+# --- Masks ------------------------------------------------------------------------------------------------------------
 
 
 def test_task_masks_by_hand():
@@ -119,244 +142,193 @@ def test_task_masks_by_hand():
         "continue-2s": [(0, 0.125)],
         "inpaint": [(0, 0.125), (1.625, 2.125)],
     }
+    edges = [pair for m in TOY.modalities for pair in pairwise(m.edges)]
     for task, given in spans.items():
-        for m in TOY:
-            want = [any(a <= m.edges[n] and m.edges[n + 1] <= b for a, b in given) for n in range(m.N)]
-            assert task_mask(task, TOY)[m.name].tolist() == want, (task, m.name)
-    assert task_mask("inpaint", TOY)["video"].tolist() == [True, False, False, False, True]
-    assert task_mask("a2v", TOY)["audio"].all() and not task_mask("a2v", TOY)["video"].any()
-    assert task_mask("v2a", TOY)["video"].all() and not task_mask("v2a", TOY)["audio"].any()
+        want = [any(a <= start and end <= b for a, b in given) for start, end in edges]
+        assert task_mask(task, TOY).tolist() == want, task
+    assert task_mask("inpaint", TOY)[:5].tolist() == [True, False, False, False, True]
+    assert task_mask("a2v", TOY).tolist() == [False] * 5 + [True] * 17
+    assert task_mask("v2a", TOY).tolist() == [True] * 5 + [False] * 17
+    short = Layout([Modality("video", (), 1, (0, 1)), AUDIO])  # the reference has no second segment
+    assert task_mask("continue", short).tolist() == [True] * 17 + [False] * 2
     with pytest.raises(ValueError, match="use joint, a2v"):
         task_mask("a2a", TOY)
+    with pytest.raises(ValueError, match="'audio': use video, touch"):
+        task_mask("a2v", Layout([VIDEO, TOUCH]))
 
 
-def test_span_mask_takes_whole_segments_only():
-    video = TOY[0]
-    assert span_mask(video, 0, 0.624).tolist() == [True, False, False, False, False]
-    assert span_mask(video, 0, 0.625 - 5e-7).tolist() == [True, True, False, False, False]
-    assert span_mask(video, 0.01, 2.125).tolist() == [False, True, True, True, True]
+# --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
-# --- Sampling -------------------------------------------------------------------------
+def test_noise_is_drawn_where_the_generator_lives():
+    """Of another device's tensor too, so that the seed gives the same everywhere."""
+    z, g, same = torch.zeros(2, 5, dtype=torch.float64), *(torch.Generator().manual_seed(3) for _ in "ab")
+    for device in ("cpu", "meta", "cpu"):
+        noise = noise_like(z.to(device), g)
+        want = torch.randn(2, 5, generator=same, dtype=torch.float64)
+        assert noise.device.type == device and noise.dtype == want.dtype
+        assert device == "meta" or torch.equal(noise, want)
+    assert noise_like(z, None).shape == z.shape and noise_like(z.to("meta"), None).device.type == "meta"
 
 
-def drawn(generator_seed, modalities, batch):
-    """The noises generate() draws, in their order: dicts, without end."""
-    g = torch.Generator().manual_seed(generator_seed)
-    while True:
-        yield {m.name: torch.randn(batch, *m.shape, generator=g, dtype=torch.float64) for m in modalities}
-
-
-@pytest.mark.parametrize("task", ["joint", "a2v"])
-def test_ddpm_is_algorithms_3_and_4(task):
-    """The paper's loop with all T steps, by hand, with the two misprinted factors as DDPM's Eq. 11 has them."""
-    T, betas = 100, np.linspace(1e-3, 0.2, 100)  # as much noise in fewer steps
-    ab, given = np.cumprod([1, *(1 - betas)]), task_mask(task, TOY)
-    z0 = latents(TOY, 2, 1, torch.float64)
-    noise, spy = drawn(7, TOY, 2), Spy()
-    z = next(noise)
-    prev = None
-    for tau in range(T, 0, -1):
-        fresh = next(noise)
-        z = {m: torch.where(wide(given[m], z[m]), z0[m], z[m]) for m in z}
-        t = {m: torch.where(given[m], 0, tau).expand(2, -1) for m in z}
-        eps = spy(z, t, prev)
-        beta, alpha = betas[tau - 1], 1 - betas[tau - 1]
-        new = {}
-        for m in z:
-            new[m] = (z[m] - beta / math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(alpha)
-            new[m] = new[m] + (math.sqrt(beta) * fresh[m] if tau > 1 else 0)
-        z0_hat = {m: (z[m] - math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(ab[tau]) for m in z}
-        prev = {m: torch.where(wide(given[m], z[m]), z0[m], z0_hat[m].clamp(-3, 3)) for m in z}
-        z = new
-    got = generate(Spy(), NoiseSchedule(T, 1e-3, 0.2), z0, given, steps=T, sampler="ddpm", z_max={m: 3.0 for m in z0},
+@pytest.mark.parametrize(
+    ("sampler", "steps", "prediction"),
+    [("ddpm", 100, "eps"), ("ddim", 7, "eps"), ("ddim", 7, "v"), ("ddim_eta", 7, "eps")],
+)
+@pytest.mark.parametrize(("layout", "task"), [(TOY, "joint"), (TOY, "a2v"), (TOY, "continue"), (THREE, "each its own")])
+def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction, monkeypatch):
+    """The paper's loop by hand, every call of the model in it; with DDIM's steps, and with one that a fork adds."""
+    monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)
+    z0, spy, noise = latents(layout, 2, 1, torch.float64), Spy(layout, prediction), drawn(7, layout, 2)
+    given = masks(layout, 2, 3) if task == "each its own" else task_mask(task, layout)
+    got = generate(spy, SHORT, layout, z0, given, steps=steps, sampler=sampler,
                    generator=torch.Generator().manual_seed(7))  # fmt: skip
-    for m in z0:
-        want = torch.where(wide(given[m], z0[m]), z0[m], z[m])
-        torch.testing.assert_close(got[m], want, atol=1e-4, rtol=1e-4)  # coefficients are float32
+    given = given.expand(2, -1)
+    held = given[:, layout.segment]
+    taus = [round(100 - 100 * k / steps) for k in range(steps + 1)]
+    z, prev = next(noise), torch.zeros_like(z0)
+    assert len(spy.calls) == steps and taus[-1] == 0
+    for call, (tau, tau2) in zip(spy.calls, pairwise(taus)):
+        z, t, ab = torch.where(held, z0, z), torch.where(given, 0, tau), SHORT_AB[tau]
+        assert torch.equal(call[1], t)
+        for x, seen in ((z, call[0]), (prev, call[2])):
+            torch.testing.assert_close(seen, x, atol=1e-4, rtol=1e-4)  # coefficients are float32
+        eps = spy.out(z, t, prev)
+        if prediction == "v":
+            eps = math.sqrt(1 - ab) * z + math.sqrt(ab) * eps
+        # self-conditioning: the estimate, and the clean value where it is given
+        prev = torch.where(held, z0, (z - math.sqrt(1 - ab) * eps) / math.sqrt(ab))
+        z = slow_step(sampler, z, eps, ab, SHORT_AB[tau2], noise)
+    torch.testing.assert_close(got, torch.where(held, z0, z), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_ddim_step_by_step(prediction):
-    """Every DDIM step is z0_hat and eps_hat mixed anew at the next level; the wanted part ends at t = 0."""
-    ab, spy, steps = alpha_bar(), Spy(prediction), 7
-    z0, given = latents(TOY, 2, 1, torch.float64), task_mask("continue", TOY)
-    bound = {"video": 1.5, "audio": 0.5}  # of what is shown to the next pass, never of the sample itself
-    got = generate(spy, SCHEDULE, z0, given, steps=steps, z_max=bound, generator=torch.Generator().manual_seed(3))
-    taus = [round(1000 - 1000 * k / steps) for k in range(steps + 1)]
-    assert taus[-1] == 0 and len(spy.calls) == steps
-    states = [call[0] for call in spy.calls] + [got]
-    for i, (z, t, prev) in enumerate(spy.calls):
-        out = Spy(prediction)(z, t, prev)
-        for m in z:
-            assert (t[m] == torch.where(given[m], 0, taus[i])).all()
-            a, s, a2, s2 = (math.sqrt(x) for x in (ab[taus[i]], 1 - ab[taus[i]], ab[taus[i + 1]], 1 - ab[taus[i + 1]]))
-            z0_hat = (z[m] - s * out[m]) / a if prediction == "eps" else a * z[m] - s * out[m]
-            eps_hat = out[m] if prediction == "eps" else s * z[m] + a * out[m]
-            want = torch.where(wide(given[m], z[m]), z0[m], a2 * z0_hat + s2 * eps_hat)
-            torch.testing.assert_close(states[i + 1][m], want, atol=1e-5, rtol=1e-4)
-            if i + 1 < steps:  # self-conditioning: the estimate, and the clean value where given
-                seen = torch.where(wide(given[m], z[m]), z0[m], z0_hat.clamp(-bound[m], bound[m]))
-                torch.testing.assert_close(spy.calls[i + 1][2][m], seen, atol=1e-4, rtol=1e-4)
-    assert spy.calls[0][2] is None
+WAYS = [(generate, {"guidance": s}) for s in (0.0, 1.5)] + [(generate_baseline, {"strength": s}) for s in (0.0, 0.3)]
 
 
-WAYS = [(method, sampler, 0.0) for method in METHODS for sampler in SAMPLERS] + [("monl", s, 1.5) for s in SAMPLERS]
-
-
-@pytest.mark.parametrize(("method", "sampler", "guidance"), WAYS)
-def test_given_comes_back_bit_identical_and_nan_elsewhere_changes_nothing(method, sampler, guidance):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("way", "kwargs"), WAYS)
+def test_given_comes_back_bit_identical_and_nan_elsewhere_changes_nothing(way, kwargs, sampler):
     model = randomized(AVDiT(THREE, 16, 1, 2, "v"))
     for seed in range(3):  # a different mask for every example
         z0, given = latents(THREE, 4, seed), masks(THREE, 4, seed)
-        poison = {m: torch.where(wide(given[m], z), z, math.nan) for m, z in z0.items()}
-        kwargs = {"steps": 4, "sampler": sampler, "method": method, "guidance": guidance}
-        a, b = (
-            generate(model, SCHEDULE, z, given, generator=torch.Generator().manual_seed(1), **kwargs)
-            for z in (z0, poison)
-        )
-        for m in z0:
-            keep = wide(given[m], z0[m])
-            assert torch.equal(a[m][keep], z0[m][keep])
-            assert torch.equal(a[m], b[m]) and a[m].isfinite().all()
-            assert not (a[m] == z0[m])[~keep].any()
+        keep = given[:, THREE.segment]
+        a, b = (way(model, SCHEDULE, THREE, z, given, steps=4, sampler=sampler,
+                    generator=torch.Generator().manual_seed(1), **kwargs)
+                for z in (z0, torch.where(keep, z0, math.nan)))  # fmt: skip
+        assert torch.equal(a[keep], z0[keep])
+        assert torch.equal(a, b) and a.isfinite().all()
+        assert not (a == z0)[~keep].any()
 
 
-def test_one_mask_for_all_equals_the_same_mask_for_each():
+@pytest.mark.parametrize("way", [generate, generate_baseline])
+def test_one_mask_for_all_equals_the_same_mask_for_each(way):
     model, z0, given = randomized(AVDiT(THREE, 16, 1, 2)), latents(THREE, 3), masks(THREE, 1, 5)
-    one, each = (
-        generate(model, SCHEDULE, z0, g, steps=3, generator=torch.Generator().manual_seed(1))
-        for g in ({m: x[0] for m, x in given.items()}, {m: x.expand(3, -1) for m, x in given.items()})
-    )
-    assert all(torch.equal(one[m], each[m]) for m in z0)
+    one, each = (way(model, SCHEDULE, THREE, z0, g, steps=3, generator=torch.Generator().manual_seed(1))
+                 for g in (given[0], given.expand(3, -1)))  # fmt: skip
+    assert torch.equal(one, each)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddim_eta"])
 @pytest.mark.parametrize("drop", [None, ["audio"], ["video", "touch"]])
-def test_guidance_is_eq_16_and_leaks_nothing(drop, sampler):
+def test_guidance_is_eq_16_and_leaks_nothing(drop, sampler, monkeypatch):
     """One call a step, of two halves; the result is (1 + s) cond - s uncond; the second knows nothing dropped."""
-    s, spy, noise = 2.5, Spy(), drawn(2, THREE, 2)
-    T, ab = 100, np.cumprod([1, *(1 - np.linspace(1e-3, 0.2, 100))])
+    monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)
+    s, spy, noise = 2.5, Spy(THREE), drawn(2, THREE, 2)
     z0, given = latents(THREE, 2, 1, torch.float64), masks(THREE, 2, 3)
-    got = generate(spy, NoiseSchedule(T, 1e-3, 0.2), z0, given, steps=4, sampler=sampler, guidance=s,
-                   guidance_drop=drop, generator=torch.Generator().manual_seed(2))  # fmt: skip
-    half = lambda call, rows: [x and {m: v[rows] for m, v in x.items()} for x in call]
-    first, second = ([half(call, rows) for call in spy.calls] for rows in (slice(2), slice(2, 4)))
-    states = [call[0] for call in first] + [got]
-    assert [len(call[0]["video"]) for call in spy.calls] == [4] * 4
-    next(noise)  # where it starts
-    guided = None
-    for i in range(4):
-        (z, t, prev), (z_u, t_u, prev_u) = first[i], second[i]
-        tau, tau2 = T - 25 * i, T - 25 * i - 25
-        fresh = next(noise) if sampler == "ddpm" else None
-        absent = next(noise)
-        cond, uncond = Spy()(z, t, prev), Spy()(z_u, t_u, prev_u)
-        for m in z0:
-            dropped = wide(given[m] & (drop is None or m in drop), z[m])
-            wanted = wide(~given[m], z0[m])
-            assert (t_u[m] == torch.where(dropped.flatten(2)[..., 0], T, torch.where(given[m], 0, tau))).all()
-            assert torch.equal(z_u[m], torch.where(dropped, absent[m], z[m]))  # nothing of the condition but noise
-            if i:  # the estimate that was guided, and nothing of the condition where it was dropped
-                torch.testing.assert_close(prev[m], torch.where(wanted, guided[m], z0[m]), atol=1e-4, rtol=1e-4)
-                assert torch.equal(prev_u[m], torch.where(dropped, 0, prev[m]))
-        eps = {m: (1 + s) * cond[m] - s * uncond[m] for m in z0}  # Eq. 16
-        guided = {m: (z[m] - math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(ab[tau]) for m in z0}
-        for m in z0:
-            if sampler == "ddim":
-                step = math.sqrt(ab[tau2]) * guided[m] + math.sqrt(1 - ab[tau2]) * eps[m]
-            else:
-                alpha = ab[tau] / ab[tau2]
-                step = (z[m] - (1 - alpha) / math.sqrt(1 - ab[tau]) * eps[m]) / math.sqrt(alpha)
-                step = step + (math.sqrt(1 - alpha) * fresh[m] if tau2 else 0)
-            want = torch.where(wide(given[m], z[m]), z0[m], step)
-            torch.testing.assert_close(states[i + 1][m], want, atol=1e-4, rtol=1e-4)
+    got = generate(spy, SHORT, THREE, z0, given, steps=4, sampler=sampler, guidance=s, guidance_drop=drop,
+                   generator=torch.Generator().manual_seed(2))  # fmt: skip
+    held = given[:, THREE.segment]
+    dropped = given & torch.tensor([drop is None or m.name in drop for m in (VIDEO, AUDIO, TOUCH) for _ in m.edges[1:]])
+    gone = dropped[:, THREE.segment]
+    assert [len(call[0]) for call in spy.calls] == [4] * 4
+    z, prev = next(noise), torch.zeros_like(z0)
+    for call, tau in zip(spy.calls, (100, 75, 50, 25)):
+        (z_c, z_u), (t_c, t_u), (prev_c, prev_u) = (x.chunk(2) for x in call)
+        z, t = torch.where(held, z0, z), torch.where(given, 0, tau)
+        torch.testing.assert_close(z_c, z, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(prev_c, prev, atol=1e-4, rtol=1e-4)
+        assert torch.equal(t_c, t) and torch.equal(t_u, torch.where(dropped, 100, t))
+        assert torch.equal(z_u, torch.where(gone, next(noise), z_c))  # nothing of the condition but noise
+        assert torch.equal(prev_u, torch.where(gone, 0, prev_c))
+        eps = (1 + s) * spy.out(z_c, t_c, prev_c) - s * spy.out(z_u, t_u, prev_u)  # Eq. 16
+        prev = torch.where(held, z0, (z_c - math.sqrt(1 - SHORT_AB[tau]) * eps) / math.sqrt(SHORT_AB[tau]))
+        z = slow_step(sampler, z_c, eps, SHORT_AB[tau], SHORT_AB[tau - 25], noise)
+    torch.testing.assert_close(got, torch.where(held, z0, z), atol=1e-4, rtol=1e-4)
 
 
-def test_replacement_shows_the_noised_truth_and_the_models_own_estimate():
-    z0, given, ab = latents(TOY, 200, 1, torch.float64), task_mask("inpaint", TOY), alpha_bar()
-    z0 = {m: z + 9 for m, z in z0.items()}  # so far from zero that the little signal left at T shows
-    spy, before = Spy(), None
-    generate(spy, SCHEDULE, z0, given, steps=5, method="replacement", generator=torch.Generator().manual_seed(2))
-    for i, (z, t, prev) in enumerate(spy.calls):
-        tau, noise = 1000 - 200 * i, {}
-        for m in z0:
-            assert (t[m] == tau).all()  # the model is told one level for everything
-            noise[m] = (z[m] - math.sqrt(ab[tau]) * z0[m])[:, given[m]] / math.sqrt(1 - ab[tau])
-            assert abs(noise[m].mean()) < 0.03 and abs(noise[m].std() - 1) < 0.03
-            if i:
-                assert abs((noise[m] * before[m]).mean()) < 0.03  # drawn anew for every step
-                z_, t_, prev_ = spy.calls[i - 1]
-                own = (z_[m] - math.sqrt(1 - ab[tau + 200]) * Spy()(z_, t_, prev_)[m]) / math.sqrt(ab[tau + 200])
-                torch.testing.assert_close(prev[m], own, atol=1e-4, rtol=1e-4)
-        before = noise
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddim_eta"])
+def test_replacement_shows_the_noised_truth_and_the_models_own_estimate(sampler, monkeypatch):
+    """One level for everything; the truth is noised anew for every step."""
+    monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)
+    z0, given = latents(THREE, 2, 1, torch.float64) + 9, masks(THREE, 2, 3)  # so far that the signal left at T shows
+    spy, noise, held = Spy(THREE), drawn(2, THREE, 2), given[:, THREE.segment]
+    got = generate_baseline(spy, SHORT, THREE, z0, given, steps=4, sampler=sampler,
+                            generator=torch.Generator().manual_seed(2))  # fmt: skip
+    z, prev = next(noise), torch.zeros_like(z0)
+    truth = lambda ab: math.sqrt(ab) * z0 + math.sqrt(1 - ab) * next(noise)
+    shown = truth(SHORT_AB[100])
+    for call, tau in zip(spy.calls, (100, 75, 50, 25)):
+        z = torch.where(held, shown, z)
+        assert (call[1] == tau).all()
+        for x, seen in ((z, call[0]), (prev, call[2])):
+            torch.testing.assert_close(seen, x, atol=1e-4, rtol=1e-4)
+        eps = spy.out(*call)
+        prev = (z - math.sqrt(1 - SHORT_AB[tau]) * eps) / math.sqrt(SHORT_AB[tau])  # also where it is given
+        z = slow_step(sampler, z, eps, SHORT_AB[tau], SHORT_AB[tau - 25], noise)
+        shown = truth(SHORT_AB[tau - 25])
+    torch.testing.assert_close(got, torch.where(held, z0, z), atol=1e-4, rtol=1e-4)
 
 
 def test_reconstruction_guidance_moves_by_eqs_9_to_12():
     """A step with self-conditioning, two examples, against numerical derivatives of the squared error in its input."""
     strength, z0, given = 0.3, latents(TOY, 2, 1, torch.float64), task_mask("continue", TOY)
-    spy, ab, tau, tau2 = Spy("v"), alpha_bar(), 667, 333
-    generate(spy, SCHEDULE, z0, given, steps=3, method="reconstruction", strength=strength,
-             generator=torch.Generator().manual_seed(2))  # fmt: skip
-    (z_, t_, _), (z, t, prev), (after, _, _) = spy.calls
+    spy, ab, tau, tau2, noise = Spy(TOY, "v"), alpha_bar(), 667, 333, drawn(2, TOY, 2)
+    generate_baseline(spy, SCHEDULE, TOY, z0, given, steps=3, strength=strength,
+                      generator=torch.Generator().manual_seed(2))  # fmt: skip
+    first, (z, t, prev), (after, _, _) = spy.calls
     a, s, a2, s2 = (math.sqrt(x) for x in (ab[tau], 1 - ab[tau], ab[tau2], 1 - ab[tau2]))
-    for m in z0:  # the model's own estimate everywhere, nothing clean
-        own = math.sqrt(ab[1000]) * z_[m] - math.sqrt(1 - ab[1000]) * Spy()(z_, t_, None)[m]
-        torch.testing.assert_close(prev[m], own, atol=1e-4, rtol=1e-4)
+    own = math.sqrt(ab[1000]) * first[0] - math.sqrt(1 - ab[1000]) * spy.out(*first)
+    torch.testing.assert_close(prev, own, atol=1e-4, rtol=1e-4)  # the model's own estimate everywhere, nothing clean
+    held = given[TOY.segment]
+    *_, fresh = (next(noise) for _ in range(4))  # of the start, and of the truth at 1000, 667 and 333
+    truth = a2 * z0 + s2 * fresh
+    torch.testing.assert_close(after[:, held], truth[:, held], atol=1e-5, rtol=1e-5)
 
     def step(z):
-        v = Spy()(z, t, prev)
-        return {m: a2 * (a * z[m] - s * v[m]) + s2 * (s * z[m] + a * v[m]) for m in z}
+        v = spy.out(z, t, prev)
+        return a2 * (a * z - s * v) + s2 * (s * z + a * v)
 
-    def error(z):  # the given part of the next call is the noised truth at the step's new t
-        out = step(z)
-        return sum(((out[m] - after[m])[:, given[m]] ** 2).sum().item() for m in z)
-
-    plain = step(z)
-    for m, place in (("video", (0, 3, 1, 0, 5)), ("audio", (0, 9, 11)), ("audio", (1, 12, 3))):
-        up, down = ({k: v.clone() for k, v in z.items()} for _ in "ab")
-        up[m][place] += 1e-4
-        down[m][place] -= 1e-4
-        gradient = (error(up) - error(down)) / 2e-4
-        assert abs(gradient) > 1e-3
-        want = plain[m][place] - strength * s2 * gradient
-        torch.testing.assert_close(after[m][place], want, atol=abs(strength * gradient) * 1e-3, rtol=1e-5)
+    error = lambda z: ((step(z) - truth)[:, held] ** 2).sum()
+    for place in ((0, 800), (0, 1280 + 9 * 64 + 11), (1, 1280 + 12 * 64 + 3)):  # video, audio, another example's audio
+        shift = torch.zeros_like(z)
+        shift[place] = 1e-4
+        gradient = ((error(z + shift) - error(z - shift)) / 2e-4).item()
+        assert not held[place[1]] and abs(gradient) > 1e-3
+        want = step(z)[place] - strength * s2 * gradient
+        torch.testing.assert_close(after[place], want, atol=abs(strength * gradient) * 1e-3, rtol=1e-5)
 
 
 def test_wrong_arguments_are_named():
-    z0, given = latents(TOY, 1), task_mask("joint", TOY)
-    for kwargs, message in (
-        ({"sampler": "euler"}, "use ddpm, ddim, dpmpp_2m"),
-        ({"method": "magic"}, "use monl, replacement, reconstruction"),
-        ({"steps": 0}, "use 1 to 1000"),
-        ({"steps": 1001}, "use 1 to 1000"),
-        ({"guidance": 1.0, "method": "replacement"}, "use method monl"),
-        ({"guidance_drop": ["smell"]}, "use video, audio"),
+    for way, kwargs, message in (
+        (generate, {"sampler": "euler"}, "use ddpm, ddim, dpmpp_2m"),
+        (generate, {"steps": 0}, "use 1 to 1000"),
+        (generate, {"steps": 1001}, "use 1 to 1000"),
+        (generate, {"guidance": 1.0, "guidance_drop": ["smell"]}, "use video, audio"),
+        (generate_baseline, {"sampler": "euler"}, "use ddpm, ddim, dpmpp_2m"),
+        (generate_baseline, {"steps": 0}, "use 1 to 1000"),
+        (generate_baseline, {"steps": 1001}, "use 1 to 1000"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate(Spy(), SCHEDULE, z0, given, **kwargs)
+            way(Spy(TOY), SCHEDULE, TOY, latents(TOY, 1), task_mask("joint", TOY), **kwargs)
 
 
-def test_on_step_counts_every_step():
-    seen = []
-    generate(Spy(), SCHEDULE, latents(TOY, 1), task_mask("joint", TOY), steps=3, on_step=lambda *a: seen.append(a))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-
-
-def test_defaults_are_the_papers():
-    """250 DDIM steps [App. B]; reconstruction guidance of strength 0.02 [App. C.2]; no guidance. One step is possible."""
+@pytest.mark.parametrize(("way", "none"), [(generate, {"guidance": 0.0}), (generate_baseline, {"strength": 0.0})])
+def test_defaults_and_on_step(way, none):
+    """250 DDIM steps [App. B], without guidance of any kind. on_step counts every step. One step is possible."""
     z0, given, seen = latents(THREE, 1), masks(THREE, 1, 3), []
-    generate(Spy(), SCHEDULE, z0, given, on_step=lambda *a: seen.append(a))
-    generate(Spy(), SCHEDULE, z0, given, steps=1, on_step=lambda *a: seen.append(a))
-    assert seen[-2:] == [(250, 250), (1, 1)]
-    for kwargs, same in (({}, {"sampler": "ddim", "guidance": 0.0, "method": "monl"}),
-                         ({"method": "reconstruction"}, {"method": "reconstruction", "strength": 0.02})):  # fmt: skip
-        one, two = (generate(Spy(), SCHEDULE, z0, given, steps=3, generator=torch.Generator().manual_seed(1), **k)
-                    for k in (kwargs, same))  # fmt: skip
-        assert all(torch.equal(one[m], two[m]) for m in z0)
-
-
-def test_clamp_never_touches_a_clean_value():
-    z_t, t = {"audio": torch.full((1, 2, 1), 9.0)}, {"audio": torch.tensor([[0, 5]])}
-    out = self_condition({"audio": torch.full((1, 2, 1), 9.0)}, z_t, t, {"audio": 2.0})
-    assert out["audio"].flatten().tolist() == [9.0, 2.0]
+    run = lambda **kwargs: way(Spy(THREE), SCHEDULE, THREE, z0, given, generator=torch.Generator().manual_seed(1),
+                               on_step=lambda *a: seen.append(a), **kwargs)  # fmt: skip
+    assert torch.equal(run(), run(steps=250, sampler="ddim", **none))
+    assert seen == [(i, 250) for i in range(1, 251)] * 2
+    run(steps=1)
+    assert seen[500:] == [(1, 1)]

@@ -4,7 +4,6 @@ It runs where torch_xla is installed, which wants torch 2.9: an environment of i
 """
 
 import csv
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-MIXTURES = ("monl", "vanilla", "pm", "pt", "ptm", "task:a2v", "task:inpaint*2+pt")
+MIXTURES = ("monl", "vanilla", "pm", "pt", "ptm", "task:a2v", "task:inpaint+pt+pt")
 
 
 def main(out, device):
@@ -34,9 +33,8 @@ def main(out, device):
 
             counts[run].append(metrics.metric_data("CompileTime")[0])
 
-    def changing(config, modalities, examples, T, step):
-        mixture = MIXTURES[max(0, (step - 14) // 6)]
-        return draw(dataclasses.replace(config, mixture=mixture), modalities, examples, T, step)
+    def changing(seed, step, examples, batch, mixture, layout, T):
+        return draw(seed, step, examples, batch, MIXTURES[max(0, (step - 14) // 6)], layout, T)
 
     train.end_step = sample.end_step = count
     train.Log.EVERY = 1
