@@ -440,7 +440,7 @@ def begin(args, machine, layout, ckpt):
 
 @contextmanager
 def signals_noted():
-    """A list that notes the first Ctrl-C or SIGTERM, so that the step under way is saved. A second one stops at once."""
+    """A list that notes the first Ctrl-C or SIGTERM, so that the step under way is saved. A second one stops."""
     noted = []
 
     def note(number, frame):

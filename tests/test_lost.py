@@ -99,6 +99,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, number):
     assert equal(finished(tmp_path / "stopped", *WHOLE), whole)
 
 
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), train.signals_noted() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_same_seed_same_bits(call, latents, tmp_path):
     for out in ("a", "b"):
         assert call(train, *latents, "--out", out)[0] == 0
