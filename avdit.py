@@ -174,7 +174,7 @@ MONL = ("vanilla", "pt", "pm", "ptm")
 def parse_mixture(mixture):
     """ "pt+pm+pm" -> ["pt", "pm", "pm"]; "monl" stands for its four strategies. ValueError names what is valid."""
     names = []
-    for name in mixture.split("+"):
+    for name in mixture.replace(" ", "").split("+"):
         names += MONL if name == "monl" else (name,)
     for name in names:
         if name not in (*STRATEGIES, *(f"task:{task}" for task in TASKS)):
@@ -346,7 +346,7 @@ def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditi
     z0_prev = None
     if self_conditioning:
         with torch.no_grad():
-            z0_prev, _ = predict(model, schedule, layout, z_t, t)
+            z0_prev, _ = predict(model, schedule, layout, z_t, t)  # where t = 0, z_t itself
     target = a * eps - s * z0 if getattr(model, "prediction", "eps") == "v" else eps
     errors = layout.per_segment((model(z_t, t, z0_prev) - target).square())
     weight = loss_weights(schedule, layout, t) if weight is None else weight
@@ -450,7 +450,7 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
     taus = respaced(schedule, steps, z0.device)
     given = given.to(z0.device).expand(len(z0), -1)  # (B, S)
     held = layout.per_element(given)  # (B, E)
-    dropped = given & layout.of(guidance_drop or layout.names).to(z0.device)
+    dropped = given & layout.of(layout.names if guidance_drop is None else guidance_drop).to(z0.device)
     guided = guidance and dropped.any()
     z, z0_prev, last = noise_like(z0, generator), torch.zeros_like(z0), None  # line 1
     for i, (tau, tau_next) in enumerate(pairwise(taus)):

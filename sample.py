@@ -128,7 +128,7 @@ def sample(trained, args, z0, given, generator, label):
     for part in z0.split(64):
         inputs = trained.model, trained.schedule, trained.layout, part.to(trained.device), given
         if args.method == "monl":
-            z = generate(*inputs, guidance=args.guidance, guidance_drop=args.guidance_drop, **common)
+            z = generate(*inputs, guidance=args.guidance, guidance_drop=args.guidance_drop or None, **common)
         else:
             strength = args.strength if args.method == "reconstruction" else 0.0
             z = generate_baseline(*inputs, strength=strength, **common)

@@ -1,13 +1,16 @@
 """Fixtures of several test files."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_data import latents_file
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # small tensors; and the toy run below has the other core
 
 
 @pytest.fixture
@@ -34,11 +37,25 @@ def latents(tmp_path):
     return ("--data", "z.npz", "--out", "runs/z", "--steps", 4, "--batch", 4, "--save-every", 2, "--dtype", "fp32")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def toy_training(request, tmp_path_factory):
+    """A short run of the toy world, which goes on beside the first tests where a later one needs it."""
+    if not any("toy_run" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    folder, one_thread = tmp_path_factory.mktemp("toy"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), "--steps", "200"]
+    with subprocess.Popen(
+        command, cwd=folder, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process, folder / "runs/toy"
+        process.kill()
+
+
 @pytest.fixture(scope="session")
-def toy_run(tmp_path_factory):
-    """A model that has seen the toy world for about a minute. It serves every test of sampling, and one of learning."""
-    folder = tmp_path_factory.mktemp("toy")
-    command = [sys.executable, str(ROOT / "train.py"), "--steps", "300"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs/toy"
+def toy_run(toy_training):
+    """Folder of a model that has seen a little of the toy world, for tests of sampling, and one of learning."""
+    process, folder = toy_training
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return folder

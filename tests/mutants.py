@@ -71,20 +71,19 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("avdit", "weight = loss_weights(schedule, layout, t) if weight is None else weight",
      "weight = loss_weights(schedule, layout, t)"),
     ("avdit", "target = a * eps - s * z0 if", "target = s * z0 - a * eps if"),
-    ("avdit", "        with torch.no_grad():\n            z0_hat",
-     "        with torch.enable_grad():\n            z0_hat"),
-    ("avdit", "torch.where(layout.per_element(t == 0), z_t, z0_hat)",
-     "torch.where(layout.per_element(t == 0), 0, z0_hat)"),
+    ("avdit", "        with torch.no_grad():\n            z0_prev",
+     "        with torch.enable_grad():\n            z0_prev"),
+    ("avdit", "torch.where(clean, z0_prev, z0_prev.clamp(", "torch.where(clean, 0, z0_prev.clamp("),
     # samplers
-    ("avdit", "schedule.a[t_next] / schedule.a[t] * (z", "schedule.a[t] / schedule.a[t_next] * (z"),
-    ("avdit", "schedule.a[t_next] / schedule.a[t] * (z", "schedule.a[t] * (z"),
-    ("avdit", "beta / schedule.s[t].clamp(min=1e-8) * eps_hat", "beta / schedule.a[t] * eps_hat"),
-    ("avdit", "torch.where(t_next > 0, beta.sqrt() * noise_like(z, generator), 0)",
+    ("avdit", "a_next / a * (z", "a / a_next * (z"),
+    ("avdit", "a_next / a * (z", "a * (z"),
+    ("avdit", "beta / s.clamp(min=1e-8) * eps_hat", "beta / a * eps_hat"),
+    ("avdit", "torch.where(layout.per_element(t_next) > 0, beta.sqrt() * noise_like(z, generator), 0)",
      "beta.sqrt() * noise_like(z, generator)"),
-    ("avdit", "return schedule.a[t_next] * z0_hat +", "return schedule.a[t_next] * z0_hat.clamp(-3, 3) +"),
+    ("avdit", "return a_next * z0_hat +", "return a_next * z0_hat.clamp(-3, 3) +"),
     ("avdit", "(after - now) / (now - before) / 2, 0)", "(after - now) / (now - before), 0)"),
     ("avdit", "ratio = torch.where(t_next > 0, (after - now)", "ratio = torch.where(t_next >= 0, (after - now)"),
-    ("avdit", "eps_hat - schedule.a[t] / schedule.s[t].clamp(min=1e-8) * change", "eps_hat"),
+    ("avdit", "eps_hat - a / s.clamp(min=1e-8) * change", "eps_hat"),
     # sampling
     ("avdit", "torch.linspace(schedule.T, 0, steps + 1,", "torch.linspace(schedule.T, 1, steps + 1,"),
     ("avdit", "z = torch.where(held, z0, z)\n        if guided",
@@ -125,9 +124,8 @@ HAND = [  # module, what is there, what a tired student makes of it
 
 # Mutants that no test can kill, because nothing changes: as main() names them -> why.
 EQUIVALENT = {
-    "mean = schedule.a[t_next] / schedule.a[t] * (z - beta / schedule.s[t].clamp(min=1e-8) * eps_hat) | "
-    "1e-08 -> 2e-08": "s is 0, and beta with it, or at least 0.01",
-    "eps_hat = eps_hat - schedule.a[t] / schedule.s[t].clamp(min=1e-8) * change  # z = a z0_hat + s eps_hat again | "
+    "mean = a_next / a * (z - beta / s.clamp(min=1e-8) * eps_hat) | 1e-08 -> 2e-08": "s is 0, and beta with it, or at least 0.01",
+    "z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # z = a z0_hat + s eps_hat again | "
     "1e-08 -> 2e-08": "the same, and change is 0 where s is",
     "return weight / weight.sum().clamp(min=1e-8) | 1e-08 -> 2e-08": "all weights are 0, or their sum is at least 0.01",
     "starts = (0, *range(1, frames + 1, 4)) | 1 -> 2 (again)": "the same starts for every 1 + 4 k frames",
@@ -142,8 +140,7 @@ EQUIVALENT = {
     "return torch.cat([part.flatten(2).mean(-1) for part in self.unpack(x).values()], -1) | -1 -> --1": "the same",
     "with torch.set_grad_enabled(strength > 0): | strength > 0 -> strength >= 0": "keeps a graph that nothing uses",
     "z = torch.where(held, truth, z).requires_grad_(strength > 0) | strength > 0 -> strength >= 0": "no graph is kept",
-    "t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5 | 0 -> 1 (again)":
-    "where a step leads the given part is never used",
+    "t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5 | 0 -> 1 (again)": "where a step leads the given part is never used",
     "error = torch.where(held, z_next - truth, 0).square().sum() | 0 -> 1": "adds a constant, which has no gradient",
     "clean = torch.where(held, z0, 0) | 0 -> 1": "what lies there is never used",
 }

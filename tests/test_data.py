@@ -262,7 +262,9 @@ def test_any_modalities_are_read_and_video_is_the_time_reference(tmp_path):
         ("video", (2, 2), 4), ("audio", (), 5), ("touch", (7, 2, 3), 1)]  # fmt: skip
     _, layout = data.read_latents(latents_file(tmp_path / "two.npz", video=None, video_edges=None, **touch))
     assert layout.names == ["audio", "touch"]  # as they stand in the file
-    np.savez(tmp_path / "last.npz", a=np.zeros((2, 1, 3)), a_edges=[0, 1], video=np.zeros((2, 1, 3)), video_edges=[0, 1])
+    np.savez(
+        tmp_path / "last.npz", a=np.zeros((2, 1, 3)), a_edges=[0, 1], video=np.zeros((2, 1, 3)), video_edges=[0, 1]
+    )
     assert data.read_latents(tmp_path / "last.npz")[1].names == ["video", "a"]
 
 

@@ -60,15 +60,20 @@ def ddim_eta_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generat
     return a_next * z0_hat + (s_next**2 - sigma**2).sqrt() * eps_hat + sigma * noise_like(z, generator)
 
 
-def slow_step(sampler, z, eps, ab, ab2, noise):
-    """From alpha_bar = ab to ab2, as the papers print it: DDPM's Eq. 11, DDIM's Eq. 12 with sigma of its Eq. 16."""
-    if sampler == "ddpm":
-        mean = (z - (1 - ab / ab2) / math.sqrt(1 - ab) * eps) / math.sqrt(ab / ab2)
-        return mean + (math.sqrt(1 - ab / ab2) * next(noise) if ab2 < 1 else 0 * next(noise))
-    sigma = {"ddim": 0, "ddim_eta": ETA}[sampler] * math.sqrt((1 - ab2) / (1 - ab)) * math.sqrt(1 - ab / ab2)
-    z0_hat = (z - math.sqrt(1 - ab) * eps) / math.sqrt(ab)
-    mean = math.sqrt(ab2) * z0_hat + math.sqrt(1 - ab2 - sigma**2) * eps
-    return mean if sampler == "ddim" else mean + sigma * next(noise)
+def slow_step(sampler, z, eps, ab, ab2, last, noise):
+    """From alpha_bar = ab to ab2, as the papers print it. last: (ab, z0_hat) of the step before, or None."""
+    a, s, a2, s2 = (math.sqrt(x) for x in (ab, 1 - ab, ab2, 1 - ab2))
+    z0_hat = (z - s * eps) / a
+    if sampler == "ddpm":  # Eq. 11 of the DDPM paper
+        mean = (z - (1 - ab / ab2) / s * eps) / math.sqrt(ab / ab2)
+        return mean + (math.sqrt(1 - ab / ab2) if ab2 < 1 else 0) * next(noise)
+    if sampler == "dpmpp_2m" and last and ab2 < 1:  # Algorithm 2 of the DPM-Solver++ paper
+        before, now, after = (math.log(x / (1 - x)) / 2 for x in (last[0], ab, ab2))
+        r = (now - before) / (after - now)
+        D = (1 + 1 / (2 * r)) * z0_hat - 1 / (2 * r) * last[1]
+        return s2 / s * z - a2 * math.expm1(now - after) * D
+    sigma = ETA * s2 / s * math.sqrt(1 - ab / ab2) if sampler == "ddim_eta" else 0  # Eq. 12 and 16 of the DDIM paper
+    return a2 * z0_hat + math.sqrt(s2**2 - sigma**2) * eps + (sigma * next(noise) if sigma else 0)
 
 
 # --- Training loss ----------------------------------------------------------------------------------------------------
@@ -173,11 +178,11 @@ def test_noise_is_drawn_where_the_generator_lives():
 
 @pytest.mark.parametrize(
     ("sampler", "steps", "prediction"),
-    [("ddpm", 100, "eps"), ("ddim", 7, "eps"), ("ddim", 7, "v"), ("ddim_eta", 7, "eps")],
+    [("ddpm", 100, "eps"), ("ddim", 7, "eps"), ("ddim", 7, "v"), ("dpmpp_2m", 7, "eps"), ("ddim_eta", 7, "eps")],
 )
 @pytest.mark.parametrize(("layout", "task"), [(TOY, "joint"), (TOY, "a2v"), (TOY, "continue"), (THREE, "each its own")])
 def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction, monkeypatch):
-    """The paper's loop by hand, every call of the model in it; with DDIM's steps, and with one that a fork adds."""
+    """The paper's loop by hand, every call of the model in it; with other steps than DDPM's, one of which a fork adds."""
     monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)
     z0, spy, noise = latents(layout, 2, 1, torch.float64), Spy(layout, prediction), drawn(7, layout, 2)
     given = masks(layout, 2, 3) if task == "each its own" else task_mask(task, layout)
@@ -186,7 +191,7 @@ def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction
     given = given.expand(2, -1)
     held = given[:, layout.segment]
     taus = [round(100 - 100 * k / steps) for k in range(steps + 1)]
-    z, prev = next(noise), torch.zeros_like(z0)
+    z, prev, last = next(noise), torch.zeros_like(z0), None
     assert len(spy.calls) == steps and taus[-1] == 0
     for call, (tau, tau2) in zip(spy.calls, pairwise(taus)):
         z, t, ab = torch.where(held, z0, z), torch.where(given, 0, tau), SHORT_AB[tau]
@@ -198,7 +203,7 @@ def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction
             eps = math.sqrt(1 - ab) * z + math.sqrt(ab) * eps
         # self-conditioning: the estimate, and the clean value where it is given
         prev = torch.where(held, z0, (z - math.sqrt(1 - ab) * eps) / math.sqrt(ab))
-        z = slow_step(sampler, z, eps, ab, SHORT_AB[tau2], noise)
+        z, last = slow_step(sampler, z, eps, ab, SHORT_AB[tau2], last, noise), (ab, prev)
     torch.testing.assert_close(got, torch.where(held, z0, z), atol=1e-4, rtol=1e-4)
 
 
@@ -228,7 +233,7 @@ def test_one_mask_for_all_equals_the_same_mask_for_each(way):
     assert torch.equal(one, each)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddim_eta"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "ddim_eta"])
 @pytest.mark.parametrize("drop", [None, ["audio"], ["video", "touch"]])
 def test_guidance_is_eq_16_and_leaks_nothing(drop, sampler, monkeypatch):
     """One call a step, of two halves; the result is (1 + s) cond - s uncond; the second knows nothing dropped."""
@@ -241,7 +246,7 @@ def test_guidance_is_eq_16_and_leaks_nothing(drop, sampler, monkeypatch):
     dropped = given & torch.tensor([drop is None or m.name in drop for m in (VIDEO, AUDIO, TOUCH) for _ in m.edges[1:]])
     gone = dropped[:, THREE.segment]
     assert [len(call[0]) for call in spy.calls] == [4] * 4
-    z, prev = next(noise), torch.zeros_like(z0)
+    z, prev, last = next(noise), torch.zeros_like(z0), None
     for call, tau in zip(spy.calls, (100, 75, 50, 25)):
         (z_c, z_u), (t_c, t_u), (prev_c, prev_u) = (x.chunk(2) for x in call)
         z, t = torch.where(held, z0, z), torch.where(given, 0, tau)
@@ -252,11 +257,12 @@ def test_guidance_is_eq_16_and_leaks_nothing(drop, sampler, monkeypatch):
         assert torch.equal(prev_u, torch.where(gone, 0, prev_c))
         eps = (1 + s) * spy.out(z_c, t_c, prev_c) - s * spy.out(z_u, t_u, prev_u)  # Eq. 16
         prev = torch.where(held, z0, (z_c - math.sqrt(1 - SHORT_AB[tau]) * eps) / math.sqrt(SHORT_AB[tau]))
-        z = slow_step(sampler, z_c, eps, SHORT_AB[tau], SHORT_AB[tau - 25], noise)
+        z = slow_step(sampler, z_c, eps, SHORT_AB[tau], SHORT_AB[tau - 25], last, noise)
+        last = SHORT_AB[tau], prev
     torch.testing.assert_close(got, torch.where(held, z0, z), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddim_eta"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "ddim_eta"])
 def test_replacement_shows_the_noised_truth_and_the_models_own_estimate(sampler, monkeypatch):
     """One level for everything; the truth is noised anew for every step."""
     monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)
@@ -264,9 +270,10 @@ def test_replacement_shows_the_noised_truth_and_the_models_own_estimate(sampler,
     spy, noise, held = Spy(THREE), drawn(2, THREE, 2), given[:, THREE.segment]
     got = generate_baseline(spy, SHORT, THREE, z0, given, steps=4, sampler=sampler,
                             generator=torch.Generator().manual_seed(2))  # fmt: skip
-    z, prev = next(noise), torch.zeros_like(z0)
+    z, prev, last = next(noise), torch.zeros_like(z0), None
     truth = lambda ab: math.sqrt(ab) * z0 + math.sqrt(1 - ab) * next(noise)
     shown = truth(SHORT_AB[100])
+    assert len(spy.calls) == 4
     for call, tau in zip(spy.calls, (100, 75, 50, 25)):
         z = torch.where(held, shown, z)
         assert (call[1] == tau).all()
@@ -274,7 +281,8 @@ def test_replacement_shows_the_noised_truth_and_the_models_own_estimate(sampler,
             torch.testing.assert_close(seen, x, atol=1e-4, rtol=1e-4)
         eps = spy.out(*call)
         prev = (z - math.sqrt(1 - SHORT_AB[tau]) * eps) / math.sqrt(SHORT_AB[tau])  # also where it is given
-        z = slow_step(sampler, z, eps, SHORT_AB[tau], SHORT_AB[tau - 25], noise)
+        z = slow_step(sampler, z, eps, SHORT_AB[tau], SHORT_AB[tau - 25], last, noise)
+        last = SHORT_AB[tau], prev
         shown = truth(SHORT_AB[tau - 25])
     torch.testing.assert_close(got, torch.where(held, z0, z), atol=1e-4, rtol=1e-4)
 

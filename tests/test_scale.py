@@ -98,6 +98,8 @@ def test_losses_of_parts_add_up():
     t = sample_timesteps("ptm+task:continue", TOY, 6, 1000, g)
     for power in (0, 1):
         weight = loss_weights(schedule, TOY, t, power)
-        parts = [(z0[rows], t[rows], eps[rows], weight[rows]) for rows in (slice(0, 1), slice(1, 4), slice(4, 6), slice(6))]
+        parts = [
+            (z0[rows], t[rows], eps[rows], weight[rows]) for rows in (slice(0, 1), slice(1, 4), slice(4, 6), slice(6))
+        ]
         *losses, whole = (training_loss(model, schedule, TOY, *part)[0].item() for part in parts)
         assert sum(losses) == pytest.approx(whole, rel=1e-5)

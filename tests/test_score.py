@@ -123,5 +123,3 @@ def test_scores_by_window(call, toy_run, monkeypatch, few_clips):
     for row in rows:
         scores = dict(zip(header, row[2:]))
         assert float(scores["path"]) == 0 and float(scores["hue"]) == 0 and float(scores["align"]) < 0.02
-
-

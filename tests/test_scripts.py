@@ -83,7 +83,10 @@ def test_muon_is_torchs_in_float32(shape, monkeypatch):
     start = torch.randn(shape, generator=g, dtype=torch.float64)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in "ab")
     group = {"params": [theirs], "scale": 2.5}
-    optimizers = [train.Muon([ours]), torch.optim.Muon([group], weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw")]
+    optimizers = [
+        train.Muon([ours]),
+        torch.optim.Muon([group], weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
+    ]
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
     for step in range(5):
         gradient = torch.randn(shape, generator=g, dtype=torch.float64)
