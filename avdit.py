@@ -69,7 +69,7 @@ class Layout:
         self.sizes = self.segment.bincount()  # (S,) elements of each segment
 
     def per_element(self, x):
-        """(..., S) -> (..., E), x[..., segment]. Made of copies: they need no index on x's device, and are faster."""
+        """(..., S) -> (..., E), x[..., segment], but faster, and with no index to keep on x's device."""
         parts = zip(self.modalities, x.split(self.lengths, -1))
         return torch.cat([part.repeat_interleave(m.P * m.channels, -1) for m, part in parts], -1)
 
@@ -149,7 +149,7 @@ def task_mask(task, layout):
         return layout.of(["audio"] if task == "a2v" else ["video"])
     if task == "inpaint":
         return layout.within(*edges[:2]) | layout.within(*edges[-2:])
-    return layout.within(edges[0], edges[:3][-1] if task == "continue" else edges[1])
+    return layout.within(edges[0], edges[1] if task == "continue-2s" else edges[:3][-1])  # [:3]: there may be one only
 
 
 # --- The timestep vector [Sec. 3.1, Sec. 3.2, Alg. 1] ---------------------------------------------------------------
@@ -169,38 +169,30 @@ STRATEGIES = {
     "ptm": lambda t_ref, layout: t_ref,  # t_ref^(m,n)
 }
 MONL = ("vanilla", "pt", "pm", "ptm")
+for task in TASKS:  # Table 1's conditional models [Eq. 3]: t = 0 on what the task gives, one t on the rest
+    STRATEGIES[f"task:{task}"] = lambda t_ref, layout, task=task: torch.where(task_mask(task, layout), 0, t_ref[:, :1])
 
 
 def parse_mixture(mixture):
     """ "pt+pm+pm" -> ["pt", "pm", "pm"]; "monl" stands for its four strategies. ValueError names what is valid."""
     names = []
     for name in mixture.replace(" ", "").split("+"):
+        check_choice("strategy", name, ("monl", *STRATEGIES))
         names += MONL if name == "monl" else (name,)
-    for name in names:
-        if name not in (*STRATEGIES, *(f"task:{task}" for task in TASKS)):
-            raise ValueError(f"unknown strategy {name!r} in mixture {mixture!r}: use monl, {', '.join(STRATEGIES)}, "
-                             f"task:NAME ({', '.join(TASKS)}), or a sum such as pt+pm+pm")  # fmt: skip
     return names
 
 
 def sample_timesteps(mixture, layout, batch, T, generator=None):
     """Draw a timestep vector for every example [Alg. 1]: int64 (B, S), in 1..T.
 
-    mixture  "vanilla", "pm", "pt", "ptm", "monl", or a sum of them, in which a term counts as often as it is named.
-             "task:a2v" and the like are for Table 1's conditional models [Eq. 3]: t = 0 on what the task gives, one
-             shared t on the rest.
+    mixture  "monl", a name in STRATEGIES, or a sum of names, in which a term counts as often as it is named
     """
     names = parse_mixture(mixture)
     t_ref = torch.randint(1, T + 1, (batch, layout.S), generator=generator)  # line 4
     # Line 3, once per example and not once per batch, since Alg. 1 is called for one z_0.
     choice = torch.randint(len(names), (batch,), generator=generator)
-    drawn = []
-    for name in names:
-        if name.startswith("task:"):
-            drawn.append(torch.where(task_mask(name.removeprefix("task:"), layout), 0, t_ref[:, :1]))
-        else:
-            drawn.append(STRATEGIES[name](t_ref, layout))
-    return torch.stack(drawn)[choice, torch.arange(batch)]
+    drawn = torch.stack([STRATEGIES[name](t_ref, layout) for name in names])  # (strategies, B, S)
+    return drawn[choice, torch.arange(batch)]
 
 
 # --- The network [Sec. 4, Fig. 5] -----------------------------------------------------------------------------------
@@ -213,13 +205,12 @@ def sinusoid(x, dim):
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def modulate(x, shift, scale, layout):
-    """AdaLN's shift and scale, (B, S, d) each, for tokens x (B, L, d). No copy per token is made of them."""
+def modulate(x, affine, layout):
+    """AdaLN: shift and scale tokens x (B, L, d) by `affine`, (B, S, 2 d), of which no copy per token is made."""
     parts = []
-    vectors = zip(shift.split(layout.lengths, 1), scale.split(layout.lengths, 1))
-    for m, x_m, (shift_m, scale_m) in zip(layout.modalities, x.split(layout.tokens, 1), vectors):
-        x_m = x_m.unflatten(1, (m.N, m.P)) * (1 + scale_m[:, :, None]) + shift_m[:, :, None]  # (B, N_m, P_m, d)
-        parts.append(x_m.flatten(1, 2))
+    for m, x_m, affine_m in zip(layout.modalities, x.split(layout.tokens, 1), affine.split(layout.lengths, 1)):
+        shift, scale = affine_m[:, :, None].chunk(2, -1)  # (B, N_m, 1, d)
+        parts.append((x_m.unflatten(1, (m.N, m.P)) * (1 + scale) + shift).flatten(1, 2))
     return torch.cat(parts, 1)
 
 
@@ -238,7 +229,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        # Two (shift, scale) pairs and no gates: the text names none, and with them the paper's 420 M would be 453 M.
+        # Two (shift, scale) pairs and no gates: the paper names none, and has 420 M parameters. With gates the blocks
+        # alone would have 453 M.
         self.ada = nn.Linear(dim, 4 * dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)  # a bias on keys would have exactly zero gradient
         self.attend = nn.Linear(dim, dim)
@@ -249,12 +241,12 @@ class Block(nn.Module):
 
     def forward(self, x, cond, layout):
         # x (B, L, d) tokens; cond (B, S, d) the embedding of the timestep vector
-        shift1, scale1, shift2, scale2 = self.ada(cond).chunk(4, -1)
-        y = modulate(self.norm(x), shift1, scale1, layout)
+        first, second = self.ada(cond).chunk(2, -1)  # a shift and a scale each
+        y = modulate(self.norm(x), first, layout)
         q, k, v = rearrange(self.qkv(y), "b l (three h e) -> three b h l e", three=3, h=self.heads)
         y = attention(q, k, v)  # every token sees all tokens of all modalities
         x = x + self.attend(rearrange(y, "b h l e -> b l (h e)"))
-        return x + self.mlp(modulate(self.norm(x), shift2, scale2, layout))
+        return x + self.mlp(modulate(self.norm(x), second, layout))
 
 
 class AVDiT(nn.Module):
@@ -275,7 +267,7 @@ class AVDiT(nn.Module):
         # alike. In milliseconds, because the sinusoid's periods suit numbers up to some thousands, such as t.
         middle = layout.split(1000 * (layout.starts + layout.ends) / 2)
         self.time = nn.ParameterDict({name: nn.Parameter(sinusoid(x, dim)) for name, x in middle.items()})
-        # Positions in space tell the modalities apart too. They start as large as those in time: at a tenth of that
+        # Positions in space tell the modalities apart too. They start about as large as those in time: at a tenth of it
         # the model is slow to learn where in the picture a token lies.
         self.space = nn.ParameterDict({m.name: nn.Parameter(0.5 * torch.randn(m.P, dim)) for m in modalities})
         self.embed = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
@@ -306,8 +298,7 @@ class AVDiT(nn.Module):
         cond = self.embed(torch.cat([sinusoid(t, self.dim), places], -1))  # (B, S, d)
         for block in self.blocks:
             x = block(x, cond, self.layout)
-        shift, scale = self.ada(cond).chunk(2, -1)
-        x = modulate(self.norm(x), shift, scale, self.layout).split(self.layout.tokens, 1)
+        x = modulate(self.norm(x), self.ada(cond), self.layout).split(self.layout.tokens, 1)
         return torch.cat([self.project_out[name](x_m).flatten(1) for name, x_m in zip(self.layout.names, x)], 1)
 
 
@@ -324,7 +315,7 @@ def predict(model, schedule, layout, z, t, z0_prev=None):
 
 
 def loss_weights(schedule, layout, t, noise_power=0.0):
-    """What each segment's mean squared error counts in the loss: (B, S), in all 1, and 0 where it is given, t = 0.
+    """Weight of each segment's mean squared error in the loss, (B, S): in all 1, and 0 where t = 0.
 
     Elements weigh s^noise_power. 0 is [Eq. 6], all alike; with 1 those at low noise, whose error is detail, count less.
     """
@@ -384,15 +375,15 @@ def ddim_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator):
 
 
 def dpmpp_2m_step(schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator):
-    """DPM-Solver++(2M) [Lu et al. 2022]: DDIM with the estimate that is to be expected half a step later.
+    """DPM-Solver++(2M) [Lu et al. 2022]: DDIM with z0_hat extrapolated half a step ahead.
 
-    The estimate is taken to move on a straight line over the log of the signal-to-noise ratio, through its last value
-    and this one. The first step, and the one to t = 0, where that logarithm is infinite, are plain DDIM.
+    The extrapolation is linear in the log of the signal-to-noise ratio, through the last z0_hat and this one. The first
+    step, and the one to t = 0, where that logarithm is infinite, are plain DDIM.
     """
     if last:
         t_last, z0_last = last
         before, now, after = (schedule.log_snr[x] for x in (t_last, t, t_next))
-        ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half of this step, in last steps
+        ratio = torch.where(t_next > 0, (after - now) / (now - before) / 2, 0)  # half this step over the last one
         change = layout.per_element(ratio) * (z0_hat - z0_last)
         a, s = schedule.scales(layout, t)
         z0_hat, eps_hat = z0_hat + change, eps_hat - a / s.clamp(min=1e-8) * change  # z = a z0_hat + s eps_hat again
@@ -416,16 +407,16 @@ def respaced(schedule, steps, device):
     return [torch.tensor(tau, device=device) for tau in taus.tolist()]
 
 
-def guide(model, schedule, layout, z, t, z0_prev, dropped, noise, guidance):
+def guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, generator):
     """Classifier-free guidance for free: predict() with and without the `dropped` segments, (B, S), extrapolated.
 
-    Without a segment means: pure noise in its place, at t = T [App. E, Fig. 10, Fig. 11]. Its clean value is withheld
-    from self-conditioning too, or the condition would leak. Both are one call of the model, of twice the batch.
+    Without a segment means: pure noise in its place, at t = T [App. E, Fig. 10, Fig. 11]; its clean value is also
+    withheld from self-conditioning. Both passes are one call of the model, of twice the batch.
 
     DIFFERS FROM PAPER: [Eq. 15] prints noise for the wanted part; by the prose and Fig. 10 it is the GIVEN part.
     """
     gone = layout.per_element(dropped)
-    z = torch.cat([z, torch.where(gone, noise, z)])
+    z = torch.cat([z, torch.where(gone, noise_like(z, generator), z)])
     t = torch.cat([t, torch.where(dropped, schedule.T, t)])
     z0_prev = torch.cat([z0_prev, torch.where(gone, 0, z0_prev)])
     halves = [x.chunk(2) for x in predict(model, schedule, layout, z, t, z0_prev)]
@@ -441,7 +432,7 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
     z0             (B, E): clean values where given; the rest is never used
     given          bool (S,) or (B, S); given segments come back bit-identical
     sampler        a name in SAMPLERS; dpmpp_2m needs few steps
-    guidance       s of Eq. 16: (1 + s) cond - s uncond, 0 is none. Others write w = 1 + s.
+    guidance       Eq. 16's s, (1 + s) cond - s uncond: 0 is none. Others write w = 1 + s.
     guidance_drop  names of the modalities that the unconditional pass does without, None: all that is given
     on_step        on_step(i, steps) after step i = 1..steps: for progress, and for an accelerator's step mark
     ValueError where an argument is none of these.
@@ -453,17 +444,16 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
     dropped = given & layout.of(layout.names if guidance_drop is None else guidance_drop).to(z0.device)
     guided = guidance and dropped.any()
     z, z0_prev, last = noise_like(z0, generator), torch.zeros_like(z0), None  # line 1
-    for i, (tau, tau_next) in enumerate(pairwise(taus)):
+    for i, (tau, tau_next) in enumerate(pairwise(taus)):  # line 3
         # DIFFERS FROM PAPER: t = tau I in line 4 of Alg. 3 and line 5 of Alg. 4 means that these entries equal tau;
         # (m_c + 1 : M, N) in line 6 means all N segments.
         t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5
-        z = torch.where(held, z0, z)
+        z = torch.where(held, z0, z)  # line 6's [z_0, z_tau]
         if guided:
-            noise = noise_like(z, generator)
-            z0_hat, eps_hat = guide(model, schedule, layout, z, t, z0_prev, dropped, noise, guidance)
+            z0_hat, eps_hat = guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, generator)
         else:
             z0_hat, eps_hat = predict(model, schedule, layout, z, t, z0_prev)  # line 6
-        z = SAMPLERS[sampler](schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator)  # line 7
+        z = SAMPLERS[sampler](schedule, layout, z, t, t_next, z0_hat, eps_hat, last, generator)  # lines 4, 7
         z0_prev, last = torch.where(held, z0, z0_hat), (t, z0_hat)
         if on_step:
             on_step(i + 1, steps)
@@ -475,7 +465,7 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
 
 @torch.no_grad()
 def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps=250, sampler="ddim",
-                            generator=None, on_step=None):  # fmt: skip
+                      generator=None, on_step=None):  # fmt: skip
     """As generate(), but with one t for all segments: before each step the given part is replaced by noised truth.
 
     strength  lambda of reconstruction guidance [Eq. 8, Eq. 9, Eq. 10, Eq. 11, Eq. 12], 0.02 in the paper: after a step
@@ -514,7 +504,7 @@ def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps
 
 
 def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17):
-    """Video of 1 + 4 k frames, a segment for the first and one for every 4 later; sound in segments of `segment` s."""
+    """Video of 1 + 4 k frames, one segment for the first and one for every 4 later; sound, `segment` seconds each."""
     if frames % 4 != 1:  # a causal video tokenizer would drop the rest without a word
         fewer = frames - (frames - 1) % 4
         raise ValueError(f"{frames} frames are not 1 + 4 k: use {fewer} or {fewer + 4}")
@@ -564,7 +554,7 @@ def tour():
     """Print the four strategies as pictures of a timestep vector, and the presets."""
     layout, shades = Layout(PRESETS["toy"].modalities), " .:-=+*#%@"
     print("A timestep vector, from ' ' (t near 0) to '@' (t near T); each segment is as wide as it lasts:\n")
-    for strategy in STRATEGIES:
+    for strategy in MONL:
         t = layout.split(sample_timesteps(strategy, layout, 1, 1000, torch.Generator().manual_seed(3))[0])
         for m in layout.modalities:
             width = [round((end - start) * 32) for start, end in pairwise(m.edges)]

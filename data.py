@@ -44,7 +44,7 @@ def default_media(data):
 
 def describe(data, media):
     """-> the Layout of this data's latents. ValueError says what does not fit."""
-    if default_media(data) == TOY:
+    if data == "toy" or is_latents(data):
         if media != TOY:
             raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {data}")
         return Layout(PRESETS["toy"].modalities) if data == "toy" else read_latents(data)[1]
@@ -55,10 +55,11 @@ def describe(data, media):
     per_hop = HOPS * media.fps
     if media.sample_rate % per_hop or media.sample_rate < 8 * per_hop:
         nearest = per_hop * max(8, round(media.sample_rate / per_hop))
-        raise ValueError(f"--sample-rate {media.sample_rate} must be --fps {media.fps} times {HOPS} times 8 or more: "
-                         f"use {nearest}")  # fmt: skip
+        raise ValueError(f"--sample-rate {media.sample_rate} must be a multiple of {HOPS} x --fps = {per_hop}, and at "
+                         f"least 8 of it: use {nearest}")  # fmt: skip
+    side = media.size // PATCH
     # Real clips need more components than the ball to be recognised: 192 and 96 channels.
-    return Layout(av_modalities(media.fps, 2 * (media.size // PATCH,), 192, 1 / media.fps, 96))
+    return Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
 
 
 # --- The toy world: a ball you can hear. Pitch is height, timbre is colour. -------------------------------------------
@@ -259,13 +260,11 @@ class Tokenizers(nn.ModuleDict):
     """The tokenizer of every modality: clips <-> z (n, E)."""
 
     def __init__(self, data, layout, media):
-        if is_latents(data):
-            super().__init__({m.name: Standardize(m) for m in layout.modalities})
-        else:
+        parts = {m.name: Standardize(m) for m in layout.modalities}
+        if not is_latents(data):
             video, audio = layout.modalities
-            super().__init__(
-                {"video": PatchTokenizer(video, media.size), "audio": SpectrumTokenizer(audio, media.sample_rate)}
-            )
+            parts = {"video": PatchTokenizer(video, media.size), "audio": SpectrumTokenizer(audio, media.sample_rate)}
+        super().__init__(parts)
         self.layout = layout
 
     def fit(self, clips):
@@ -290,7 +289,7 @@ def in_chunks(function, x, size=128):
 def ffmpeg(path, *arguments):
     """Run imageio's ffmpeg on one file -> (stdout, stderr). The path is an argument of its own, never shell text.
 
-    ValueError for a file that takes more memory or time than a clip needs.
+    ValueError for a file that takes too long; ffmpeg refuses one with blocks of 500 MB.
     """
     if not Path(path).is_file():
         raise ValueError("there is no such file")
@@ -383,7 +382,7 @@ def read_latents(path):
     latents, modalities = {}, []
     for name in names:
         z, edges = arrays[name], arrays[f"{name}_edges"]
-        if not name.isidentifier() or hasattr(Tokenizers, name):
+        if not name.isidentifier() or name in (*dir(nn.ParameterDict()), *dir(Tokenizers), "layout"):
             raise ValueError(f"{path}: {name!r} cannot be a modality's name")
         if z.dtype.kind not in "fiu" or edges.dtype.kind not in "fiu":
             raise ValueError(f"{path}: {name} and {name}_edges must hold real numbers, not {z.dtype} and {edges.dtype}")

@@ -27,11 +27,11 @@ def make_parser(about, n):
     add("--sampler", choices=SAMPLERS, help="how z steps down (as the preset says)")
     add("--steps", type=number(int, 1, 1000), help="sampling steps (as the preset says)")
     add("--guidance", type=number(float, -1000, 1000), default=0.0,
-        help="s of Eq. 16; 0 is none, others write w = 1 + s (%(default)s)")  # fmt: skip
+        help="s of Eq. 16, 0 is none; others write 1 + s (%(default)s)")  # fmt: skip
     add("--guidance-drop", nargs="+", action="extend", default=[], metavar="MODALITY",
         help="modalities that the unconditional pass does without (all that is given)")  # fmt: skip
     add("--method", default="monl", choices=METHODS,
-        help="how the given part is held; the others are for models not trained with MoNL (%(default)s)")  # fmt: skip
+        help="how the given part is held; not monl: for models that are not trained with it (%(default)s)")  # fmt: skip
     add("--strength", type=number(float, 0, 1000), default=0.02, help="lambda of --method reconstruction (%(default)s)")
     add("--seconds", type=number(float, 0.01, 3600), help="go on to this length, window after window (one window)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
@@ -115,7 +115,7 @@ def parse_given(spans, layout):
 
 
 def sample(trained, args, z0, given, generator, label):
-    """Generate what z0 (n, E) is not given -> (n, E). Progress goes to one line."""
+    """Generate the segments of z0 (n, E) that are not given -> (n, E). Progress goes to one line."""
     parts, shows = [], sys.stdout.isatty()
 
     def on_step(step, steps):
@@ -305,7 +305,8 @@ def run(args):
         z_clips = trained.tokenizers.encode(trained.window(clips))
     order = torch.arange(args.n) % len(z_clips)
     for task, given in tasks.items():
-        made, true = make(trained, args, z_clips[order], given, task, windows), {m: x[order] for m, x in clips.items()}
+        made = make(trained, args, z_clips[order], given, task, windows)
+        true = {name: x[order] for name, x in clips.items()}
         if args.seconds:
             made, true = (trained.cut(x, 0, args.seconds) for x in (made, true))
         folder = Path(args.out) / task

@@ -145,9 +145,9 @@ class Machine:
     """One device; or one of several processes with a device each, started by torchrun, which share every batch and
     average their gradients; or one process that spreads every batch over all XLA devices (SPMD).
 
-    rank   number of this process; the first one speaks and saves for all
-    world  processes that share a batch;  part: which part of it this process computes
-    parts  into how many equal parts a batch is divided
+    rank    number of this process; only the first one prints and saves
+    world   processes that share a batch; part: which part of it this one computes
+    shards  devices that share a batch, so that each computes as many examples
     """
 
     def __init__(self, name):
@@ -170,7 +170,7 @@ class Machine:
                 dist.init_process_group("gloo", init_method="xla://")
         self.device = open_device(name)
         self.part = self.rank % self.world  # on a pod every host names all examples
-        self.parts = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
+        self.shards = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
         if self.world > 1:
             if self.device.type == "cuda":
                 local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -182,9 +182,8 @@ class Machine:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def check(self, batch, accumulate):
-        if batch % (accumulate * self.parts):
-            among = f"--accumulate {accumulate} parts on {self.parts} devices"
-            raise ValueError(f"--batch {batch} does not divide into {among}")
+        if batch % (accumulate * self.shards):
+            raise ValueError(f"--batch {batch} is not a multiple of --accumulate {accumulate} x {self.shards} devices")
 
     def rows(self, batch, accumulate):
         """The examples of a batch that this process computes, in turn."""
@@ -222,7 +221,7 @@ class Machine:
 class Muon(torch.optim.Optimizer):
     """Momentum, its matrix made nearly orthogonal by Newton-Schulz rounds [Jordan et al. 2024], for matrices only.
 
-    torch.optim.Muon does the same in bf16, which takes a CPU without bf16 instructions thirty times as long.
+    torch.optim.Muon computes in bf16: without bf16 instructions that makes a CPU's training step twice as long.
     """
 
     def __init__(self, params):
@@ -263,7 +262,7 @@ def make_optimizers(name, model):
 
 
 def learning_rate(args, step):
-    """Linear warm-up, then a cosine to zero [App. B]."""
+    """A linear warm-up times a cosine to zero [App. B]."""
     warm = min(1, (step + 1) / PRESETS[args.preset].warmup)
     return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
@@ -272,7 +271,8 @@ def learning_rate(args, step):
 
 
 class Log:
-    """log.csv and the progress line: loss by modality and by ten bins of noise level since the last line.
+    """log.csv and the progress line: squared error where t > 0, by modality and by ten bins of noise level, since the
+    last line. Without the weights of loss_weights, so that runs can be compared.
 
     The sums stay on the device between lines, so that no step waits for them. They and all lines travel in the
     checkpoint, and log.csv is written anew from them.
@@ -284,7 +284,8 @@ class Log:
         self.path, self.layout, self.machine = path, layout, machine
         bins = [f"{name}_t{k * 100 + 1}_{k * 100 + 100}" for name in layout.names for k in range(self.BINS)]
         self.rows = [["step", "loss", *layout.names, *bins]]
-        self.sums = torch.zeros(2, layout.S, self.BINS, device=machine.device)  # errors, counts
+        self.sums = torch.zeros(2, layout.S, self.BINS, device=machine.device)  # errors, counts of elements
+        self.sizes = layout.sizes.to(machine.device)
 
     def state_dict(self):
         return {"sums": self.machine.total(self.sums), "rows": self.rows}
@@ -305,22 +306,21 @@ class Log:
 
     def add(self, errors, t, T):
         """errors and t (B, S)."""
-        share = F.one_hot((t - 1).clamp(min=0) * self.BINS // T, self.BINS) * (t > 0)[..., None]  # (B, S, BINS)
+        weight = (t > 0) * self.sizes  # of elements
+        share = F.one_hot((t - 1).clamp(min=0) * self.BINS // T, self.BINS) * weight[..., None]  # (B, S, BINS)
         self.sums[0] += (share * errors[..., None]).sum(0)
         self.sums[1] += share.sum(0)
 
     def write(self, step, steps):
-        errors, counts = self.machine.total(self.sums).cpu().mT  # (BINS, S) each
+        modalities = self.machine.total(self.sums).cpu().split(self.layout.lengths, 1)
+        errors, counts = torch.stack([sums.sum(1) for sums in modalities], 1)  # (M, BINS) each
         self.sums.zero_()
-        loss = (errors @ self.layout.sizes.float()).sum() / (counts @ self.layout.sizes.float()).sum()
-        errors, counts = self.layout.split(errors), self.layout.split(counts)
-        bins = [errors[name].sum(1) / counts[name].sum(1) for name in errors]
-        values = [loss, *(errors[name].sum() / counts[name].sum() for name in errors), *torch.cat(bins)]
+        values = [errors.sum() / counts.sum(), *(errors.sum(1) / counts.sum(1)), *(errors / counts).flatten()]
         self.rows.append([str(step), *("" if v.isnan() else f"{v:.6f}" for v in values)])  # "": nothing was drawn there
         self.write_file()
         speed = (step - self.since[0]) / (time.monotonic() - self.since[1])
         left = round((steps - step) / speed)
-        line = f"step {step}/{steps}  loss {loss:.4f}  {speed:.1f} steps/s  {left // 60}:{left % 60:02} left"
+        line = f"step {step}/{steps}  loss {values[0]:.4f}  {speed:.1f} steps/s  {left // 60}:{left % 60:02} left"
         print(f"\r{line:70}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
@@ -349,9 +349,9 @@ def save(path, state):
 
 @contextmanager
 def opened(path):
-    """A checkpoint's dict, for a block that does nothing but use it up. Nothing in the file is executed.
+    """A checkpoint's dict. Nothing in the file is executed. ValueError where it is none, or damaged.
 
-    ValueError where the file is no checkpoint, is damaged, or where what it holds does not fit in the block.
+    An error in the block counts as damage too: only load inside it.
     """
     with open(path, "rb") as file:
         try:
@@ -374,7 +374,7 @@ def described(layout):
 
 
 def on_cpu(x):
-    """Nested dicts and lists with every tensor on the CPU, which any machine can load."""
+    """Nested dicts and lists with every tensor on the CPU: a file of XLA's tensors loads only where torch_xla is."""
     if isinstance(x, dict):
         return {k: on_cpu(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -394,16 +394,16 @@ def save_run(ckpt, step, args, run, machine):
 
 def check_finite(run, machine, step):
     """FloatingPointError if the loss or the weights broke: such a run is not saved."""
-    for what, tensors in (("loss is", [machine.total(run["log"].sums)]), ("weights are", run["model"].parameters())):
-        if not torch.stack([x.isfinite().all() for x in tensors]).all():
-            raise FloatingPointError(f"the {what} not finite at step {step}")
+    tensors = [machine.total(run["log"].sums), *run["model"].parameters()]
+    if not torch.stack([x.isfinite().all() for x in tensors]).all():
+        raise FloatingPointError(f"the loss or the weights are not finite at step {step}")
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
 def begin(args, machine, layout, ckpt):
-    """-> the parts of the run as ckpt holds them, the latents of all clips, the step. Where ckpt is not, it is made."""
+    """-> the parts of the run as ckpt holds them, latents of all clips, the step. Creates ckpt where there is none."""
     preset, read = PRESETS[args.preset], partial(load_clips, args.data, "train", layout, media_of(args))
     torch.manual_seed(args.seed)
     model = preset.model(layout, args.prediction).to(machine.device)
@@ -428,7 +428,8 @@ def begin(args, machine, layout, ckpt):
             for name, part in run.items():
                 part.load_state_dict(saved[name])
     for name in changed:
-        raise ValueError(f"{ckpt} is of a run with --{name} {before[name]}, not {now[name]}: use another --out")
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"{ckpt} is of a run with {flag} {before[name]}, not {now[name]}: use another --out")
     if not alike:
         raise ValueError(f"{ckpt} is of a run on other modalities than {args.data} has: use another --out")
     if step == args.steps:
@@ -467,17 +468,18 @@ def train(args, layout):
     log.start(first)
     with signals_noted() as noted:
         for step in range(first, args.steps):
+            # Alg. 2, lines 2 and 4
             index, t, self_conditioning = draw(args.seed, step, len(z), args.batch, args.mixture, layout, schedule.T)
             weight = loss_weights(levels, layout, t, preset.noise_power)
             for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = learning_rate(args, step) * group["scale"]
             model.zero_grad()
             for rows in machine.rows(args.batch, args.accumulate):
-                eps = draw_noise(args.seed, step, rows, layout.E)
+                eps = draw_noise(args.seed, step, rows, layout.E)  # line 3
                 part = machine.put(z[index[rows]], t[rows], eps, weight[rows])
                 with precision(args.dtype, machine.device):
                     loss, errors = training_loss(net, schedule, layout, *part, self_conditioning)
-                (loss * machine.world).backward()  # parts' losses add up, but processes average their gradients
+                (loss * machine.world).backward()  # line 11; parts add up, but processes average their gradients
                 log.add(errors, part[1], schedule.T)
                 end_step(machine.device)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -497,8 +499,6 @@ def train(args, layout):
             if stop and done < args.steps:
                 raise KeyboardInterrupt("saved")
     print(f"\ndone: {ckpt}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def main():
@@ -518,6 +518,9 @@ def main():
             how = "saved: the same command goes on from here" if why.args else "nothing new was saved"
             print(f"\nstopped, {how}", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -44,7 +44,7 @@ def toy_training(request, tmp_path_factory):
         yield
         return
     folder, one_thread = tmp_path_factory.mktemp("toy"), {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), "--steps", "200"]
+    command = [sys.executable, str(ROOT / "train.py"), "--steps", "350"]
     with subprocess.Popen(
         command, cwd=folder, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -274,7 +274,7 @@ def test_any_modalities_are_read_and_video_is_the_time_reference(tmp_path):
         ({"audio": None}, "must hold pairs"),
         ({"audio_edges": None}, "must hold pairs"),
         ({name: None for name in ("video", "audio", "video_edges", "audio_edges")}, "must hold pairs"),
-        ({"fit": np.zeros((12, 6, 5)), "fit_edges": np.arange(7)}, "cannot be a modality's name"),
+        ({"copy": np.zeros((12, 6, 5)), "copy_edges": np.arange(7)}, "cannot be a modality's name"),
         ({"a.b": np.zeros((12, 6, 5)), "a.b_edges": np.arange(7)}, "cannot be a modality's name"),
         ({"video_edges": np.array([0, 0.1, 0.5])}, "does not fit"),
         ({"video_edges": np.array([0, 0.5, 0.1, 0.9])}, "do not rise"),

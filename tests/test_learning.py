@@ -5,7 +5,7 @@ import math
 import torch
 from test_exact import AB, SCHEDULE, SEGMENT, WORLD, E, Oracle
 
-from avdit import STRATEGIES, AVDiT, sample_timesteps, training_loss
+from avdit import MONL, AVDiT, sample_timesteps, training_loss
 from train import make_optimizers
 
 
@@ -33,7 +33,7 @@ def test_training_on_gaussian_data_approaches_the_oracles_loss():
                 group["lr"] = lr * group["scale"]
             optimizer.step()
     print()
-    for strategy in STRATEGIES:
+    for strategy in MONL:
         z0, t, eps = draw(2000, strategy)
         ab = torch.tensor(AB).float()[t[:, SEGMENT]]
         z = ab.sqrt() * z0 + (1 - ab).sqrt() * eps

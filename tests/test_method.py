@@ -230,7 +230,7 @@ def test_a_new_strategy_is_one_function_and_its_name(monkeypatch):
     assert {strategy_of(t, places) for t, new in zip(draw("later+pm").tolist(), found) if not new} == {"ptm", "pm"}
     assert torch.equal(draw("monl"), before) and set(MONL) == {"vanilla", "pt", "pm", "ptm"}
     assert not any(is_later(t) for t in before.tolist())
-    with pytest.raises(ValueError, match="use monl, vanilla, pm, pt, ptm, later, task"):
+    with pytest.raises(ValueError, match="use monl, .*, task:continue-2s, later"):
         draw("latter")
 
 
@@ -240,7 +240,7 @@ def test_any_modality_can_be_the_time_reference():
     assert torch.equal(t, t[:, slow_coincident(layout)]) and len(t[0].unique()) > 10
 
 
-@pytest.mark.parametrize("mixture", [*STRATEGIES, "task:continue"])
+@pytest.mark.parametrize("mixture", [*MONL, "task:continue"])
 def test_timesteps_are_uniform_and_independent(mixture):
     t = sample_timesteps(mixture, THREE, 20000, 5, torch.Generator().manual_seed(0))
     t = t[:, t.any(0)]  # every segment that is wanted
@@ -263,7 +263,7 @@ def test_task_mixtures_hold_zero_on_the_given_part():
 
 @pytest.mark.parametrize("mixture", ["", "mono", "pt+", "pt*2", "+pt", "task:v2v", "task:"])
 def test_a_wrong_mixture_names_the_valid(mixture):
-    with pytest.raises(ValueError, match=r"use monl, vanilla, pm, pt, ptm, task:NAME \(joint, a2v, v2a"):
+    with pytest.raises(ValueError, match="use monl, vanilla, pm, pt, ptm, task:joint, task:a2v"):
         sample_timesteps(mixture, TOY, 1, 1000)
 
 

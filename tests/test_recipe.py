@@ -21,10 +21,8 @@ def test_readmes_training_loop_learns_and_samples():
     clip = {"video": torch.randn(1, 5, 2, 2, 64, generator=g), "audio": torch.randn(1, 17, 64, generator=g)}
     losses, names = [], {"batches": [{name: x.expand(16, *x.shape[1:]) for name, x in clip.items()}] * 40}
     torch.manual_seed(0)
-    exec(
-        LOOP.replace("    optimizer.step()", "    optimizer.step()\n    losses.append(loss.item())"),
-        names | {"losses": losses},
-    )  # noqa: S102
+    loop = LOOP.replace("    optimizer.step()", "    optimizer.step()\n    losses.append(loss.item())")
+    exec(loop, names | {"losses": losses})  # noqa: S102
     assert len(losses) == 40 and sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 

@@ -19,7 +19,7 @@ from test_data import CLIPS, latents_file, make_clip
 import data
 import sample
 import train
-from avdit import PRESETS, STRATEGIES, Layout, NoiseSchedule, sample_timesteps, training_loss
+from avdit import MONL, PRESETS, Layout, NoiseSchedule, sample_timesteps, training_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -314,7 +314,7 @@ MISTAKES = (
     (train, "--data . --fps 240 --sample-rate 8000", "use 15360"),
     (train, "--data . --fps 24 --sample-rate 22050", "use 22080"),
     (train, "--compile --device xla", "for other devices"),
-    (train, "--batch 4 --accumulate 3", "does not divide"),
+    (train, "--batch 4 --accumulate 3", "is not a multiple"),
     (train, "--stpes 3", "unrecognized"),
     (sample, "--ckpt nowhere", "nowhere"),
     (sample, "--ckpt junk.pt", "junk.pt"),
@@ -351,7 +351,7 @@ def test_an_absent_device_is_named(call, latents):
 def test_the_tour_shows_strategies_and_presets(tmp_path):
     done = run("avdit.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(f"  {strategy} " in done.stdout for strategy in STRATEGIES)
+    assert all(f"  {strategy} " in done.stdout for strategy in MONL)
     assert "preset toy: 1.2 M parameters" in done.stdout and "preset paper: 411.7 M parameters" in done.stdout
 
 
