@@ -231,8 +231,8 @@ def test_broken_numbers_stop_the_run_and_are_not_saved(call, latents, tmp_path, 
 
 
 def test_too_large_a_batch_is_named(tmp_path):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 * 10**9, 4 * 10**9))\nsys.exit("
-    process = start(tmp_path, "--batch", 2**16, "--steps", 1, program=PROGRAM.replace("sys.exit(", limit))
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9, 3 * 10**9))\nsys.exit("
+    process = start(tmp_path, "--batch", 2**14, "--steps", 1, program=PROGRAM.replace("sys.exit(", limit))
     _, err = process.communicate()
     assert process.returncode == 2 and "out of memory: use a smaller --batch" in one_line(err)
 

@@ -71,7 +71,7 @@ def test_a_minute_of_training_beats_chance(call, toy_run, few_clips):
     assert list(table) == ["tokenizer", "joint", "a2v", "v2a", "inpaint", "continue", "continue-2s"]
     assert float(table["tokenizer"]["align"]) < 0.02
     assert float(table["a2v"]["align"]) < 0.33 / 3 and float(table["a2v"]["hue"]) < 0.25 / 3
-    assert float(table["a2v"]["spread"]) > 0.6  # and it still invents x
+    assert float(table["a2v"]["spread"]) > 0.3  # and it still invents x
 
 
 def test_scores_of_real_clips_and_of_unrelated_ones(toy_run):
