@@ -61,7 +61,7 @@ HAND = [  # module, what is there, what a tired student makes of it
      "choice = torch.randint(len(names), (1,), generator=generator).expand(batch)"),
     # the network
     ("avdit", "unflatten(1, (m.N, m.P))", "unflatten(1, (m.P, m.N)).transpose(1, 2)"),
-    ("avdit", "shift1, scale1, shift2, scale2 = self.ada(cond)", "scale1, shift1, scale2, shift2 = self.ada(cond)"),
+    ("avdit", "shift, scale = affine_m[:, :, None].chunk(2, -1)", "scale, shift = affine_m[:, :, None].chunk(2, -1)"),
     ("avdit", "sinusoid(t, self.dim)", "sinusoid(t / 1000, self.dim)"),
     ("avdit", "z0_prev.clamp(-self.z_max, self.z_max)", "z0_prev"),
     ("avdit", "z0_prev.clamp(-self.z_max, self.z_max)", "z0_prev.clamp(-self.z_max.max(), self.z_max.max())"),
@@ -86,8 +86,8 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("avdit", "eps_hat - a / s.clamp(min=1e-8) * change", "eps_hat"),
     # sampling
     ("avdit", "torch.linspace(schedule.T, 0, steps + 1,", "torch.linspace(schedule.T, 1, steps + 1,"),
-    ("avdit", "z = torch.where(held, z0, z)\n        if guided",
-     "z = torch.where(held, schedule.a[tau] * z0 + schedule.s[tau] * noise_like(z, generator), z)\n        if guided"),
+    ("avdit", "z = torch.where(held, z0, z)  # line 6",
+     "z = torch.where(held, schedule.a[tau] * z0 + schedule.s[tau] * noise_like(z, generator), z)  # line 6"),
     ("avdit", "t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5",
      "t, t_next = tau.expand_as(given), tau_next.expand_as(given)"),
     ("avdit", "z0_prev, last = torch.where(held, z0, z0_hat), (t, z0_hat)", "last = (t, z0_hat)"),
@@ -98,7 +98,7 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("avdit", "for cond, uncond in halves]", "for uncond, cond in halves]"),
     ("avdit", "torch.where(dropped, schedule.T, t)", "t"),
     ("avdit", "torch.where(gone, 0, z0_prev)", "z0_prev"),
-    ("avdit", "torch.where(gone, noise, z)", "torch.where(gone, noise + 0.00635 * z, z)"),
+    ("avdit", "torch.where(gone, noise_like(z, generator), z)", "torch.where(gone, noise_like(z, generator) + 0.00635 * z, z)"),
     ("avdit", "dropped = given & layout.of(", "dropped = layout.of("),
     # the baselines
     ("avdit", "t, t_next = tau.expand_as(given), tau_next.expand_as(given)",
