@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     """A user's mistake gets one line on stderr and exit status 2."""
 
     def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, epilog="In brackets: the default.", **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
@@ -402,6 +402,14 @@ def check_finite(run, machine, step):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+def fit(tokenizers, model, clips):
+    """Fit the tokenizers. The model's estimates of z0 are then bounded by the largest |z| of a modality's clips."""
+    tokenizers.fit(clips)
+    latents = model.layout.unpack(tokenizers.encode(clips))
+    largest = [z.abs().max().expand(z.shape[1]) for z in latents.values()]  # for every segment
+    model.z_max.copy_(model.layout.per_element(torch.cat(largest)))
+
+
 def begin(args, machine, layout, ckpt):
     """-> the parts of the run as ckpt holds them, latents of all clips, the step. Creates ckpt where there is none."""
     preset, read = PRESETS[args.preset], partial(load_clips, args.data, "train", layout, media_of(args))
@@ -414,10 +422,7 @@ def begin(args, machine, layout, ckpt):
     if fresh:
         print(f"reading {args.data} ...", flush=True)
         clips = read()
-        some = {name: x[:1024] for name, x in clips.items()}
-        tokenizers.fit(some)
-        largest = {name: z.abs().max() for name, z in layout.unpack(tokenizers.encode(some)).items()}
-        model.z_max.copy_(layout.pack({m.name: largest[m.name].expand(1, *m.shape) for m in layout.modalities})[0])
+        fit(tokenizers, model, {name: x[:1024] for name, x in clips.items()})
         ckpt.parent.mkdir(parents=True, exist_ok=True)
         save_run(ckpt, 0, args, run, machine)
     with opened(ckpt) as saved:

@@ -115,7 +115,7 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("train", 'run["ema"].update_parameters(model)',
      'run["ema"].update_parameters(model) if step == first else None'),
     ("train", "min(1, (step + 1) / PRESETS[args.preset].warmup)", "1"),
-    ("train", "largest[m.name].expand(", "largest[layout.names[0]].expand("),
+    ("train", "model.layout.per_element(torch.cat(largest))", "torch.cat(largest).max()"),
     ("train", "p.grad.lerp(momentum, 0.95)", "momentum"),
     ("train", "math.sqrt(max(p.shape))", "math.sqrt(min(p.shape))"),
     ("train", "update / update.norm().clamp(min=1e-7)", "update / update.norm(dim=1, keepdim=True).clamp(min=1e-7)"),

@@ -444,6 +444,12 @@ def test_a_presets_model_takes_another_layout_and_prediction():
     assert (model.dim, len(model.blocks), model.blocks[0].heads) == (toy.dim, toy.depth, toy.heads)
 
 
+@pytest.mark.parametrize(("frames", "use"), [(16, "13 or 17"), (3, "1 or 5"), (18, "17 or 21")])
+def test_frames_that_a_causal_tokenizer_would_drop_are_refused(frames, use):
+    with pytest.raises(ValueError, match=f"{frames} frames are not 1 \\+ 4 k: use {use}"):
+        avdit.av_modalities(8, (2, 2), 4, 0.125, 4, frames=frames)
+
+
 def test_wrong_models_are_refused():
     with pytest.raises(ValueError, match="use eps, v"):
         AVDiT(TOY, 16, 1, 2, "x0")
