@@ -137,6 +137,8 @@ EQUIVALENT = {
     "return (self.starts >= start - 1e-6) & (self.ends <= end + 1e-6) | self.starts >= start - 1e-06 -> "
     "self.starts > start - 1e-06": "the same",
     "return torch.cat([latents[name].flatten(1) for name in self.names], -1) | -1 -> --1": "flatten(1) leaves two axes",
+    "return {m.name: part.unflatten(-1, m.shape) for m, part in parts} | -1 -> --1": "z has two axes",
+    "parts = zip(self.modalities, z.split([math.prod(m.shape) for m in self.modalities], -1)) | -1 -> --1": "the same",
     "return torch.cat([part.flatten(2).mean(-1) for part in self.unpack(x).values()], -1) | -1 -> --1": "the same",
     "with torch.set_grad_enabled(strength > 0): | strength > 0 -> strength >= 0": "keeps a graph that nothing uses",
     "z = torch.where(held, truth, z).requires_grad_(strength > 0) | strength > 0 -> strength >= 0": "no graph is kept",
