@@ -24,7 +24,7 @@ def toy():
 @pytest.fixture(scope="module")
 def fitted():
     """Tokenizers of the toy preset, fitted on other clips."""
-    clips, _ = data.toy_clips(768, 0)
+    clips, _ = data.toy_clips(512, 0)
     tokenizers = data.Tokenizers("toy", TOY, data.TOY)
     tokenizers.fit(clips)
     return tokenizers
@@ -70,9 +70,9 @@ def test_toy_clips_are_a_fixed_set():
 
 
 def test_latents_have_zero_mean_and_unit_variance(fitted):
-    clips, _ = data.toy_clips(768, 0)
+    clips, _ = data.toy_clips(512, 0)
     z = fitted.encode(clips)
-    assert z.shape == (768, TOY.E) and z.isfinite().all()
+    assert z.shape == (512, TOY.E) and z.isfinite().all()
     for name, part in TOY.unpack(z).items():
         part = part[:, 1:] if name == "video" else part  # the first frame's components are fitted on every frame
         flat = part.flatten(0, -2)

@@ -83,7 +83,7 @@ def test_damaged_clips_are_used_or_skipped(tmp_path, capfd):
     ]
     for seed in seeds:
         variants = damaged(seed.read_bytes(), rng)
-        for k in range(45):
+        for k in range(30):
             (folder / f"{seed.stem}{k:02}{seed.suffix}").write_bytes(next(variants))
     wav = bytearray(seeds[-1].read_bytes())
     wav[24:28] = wav[40:44] = b"\xff\xff\xff\x7f"  # two thousand million samples a second, and bytes
@@ -107,7 +107,7 @@ def test_damaged_clips_are_used_or_skipped(tmp_path, capfd):
     for name in ODD_NAMES:
         used.append(Path(shutil.copy(seeds[0], folder / name)))
     files = sorted(path for path in folder.iterdir())
-    assert len(files) >= 250
+    assert len(files) >= 175
     decoded = []
     for path in files:
         capfd.readouterr()
@@ -144,7 +144,7 @@ def test_scripts_refuse_damaged_clips(call, tmp_path):
     bad = tmp_path / "bad"
     bad.mkdir()
     variants, refused = damaged(seed.read_bytes(), rng), 0
-    for k in range(30):
+    for k in range(16):
         (bad / "x.mp4").write_bytes(next(variants) if k else b"")
         out = tmp_path / f"out{k}"
         arguments = ("--ckpt", tmp_path / "run", "--task", "continue", "--n", 1, "--steps", 1, "--out", out)
@@ -157,7 +157,7 @@ def test_scripts_refuse_damaged_clips(call, tmp_path):
             assert all(line.startswith("skipped x.mp4") for line in err.splitlines()[:-1])
         else:
             assert (out / "continue/samples.npz").exists()
-    assert 5 < refused < 30
+    assert 3 < refused < 16
     for name in ODD_NAMES:
         assert call(sample, *arguments[:-1], tmp_path / name, "--input", folder / name)[0] == 0
     assert not Path("ran").exists()

