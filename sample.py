@@ -15,6 +15,7 @@ from data import FRAMES, Media, Tokenizers, clip_windows, is_latents, load_clips
 from train import DEVICES, Parser, end_step, number, open_device, opened
 
 METHODS = ("monl", "replacement", "reconstruction")
+STRENGTH = 0.02  # of reconstruction guidance, in the paper
 
 
 def make_parser(about, n):
@@ -32,7 +33,7 @@ def make_parser(about, n):
         help="modalities that the unconditional pass does without (all that is given)")  # fmt: skip
     add("--method", default="monl", choices=METHODS,
         help="how the given part is held; not monl: for models that are not trained with it (%(default)s)")  # fmt: skip
-    add("--strength", type=number(float, 0, 1000), default=0.02, help="lambda of --method reconstruction (%(default)s)")
+    add("--strength", type=number(float, 0, 1000), default=STRENGTH, help="lambda of reconstruction (%(default)s)")
     add("--seconds", type=number(float, 0.01, 3600), help="go on to this length, window after window (one window)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (%(default)s)")
@@ -263,6 +264,7 @@ def check(args, trained):
         (args.guidance_drop and not args.guidance, "--guidance-drop is for a --guidance other than 0"),
         (args.guidance and args.method != "monl",
          "--guidance takes the given part away at t = T: it needs --method monl"),
+        (args.strength != STRENGTH and args.method != "reconstruction", "--strength is for --method reconstruction"),
         ((args.input or args.seconds) and not trained.decodes,
          "--input and --seconds need a tokenizer for clips: this checkpoint was trained on a .npz of latents"),
         (args.seconds and args.seconds < trained.span, f"--seconds must be {trained.span:g}, one window, or more"),

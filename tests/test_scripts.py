@@ -326,6 +326,7 @@ MISTAKES = (
     (sample, "--ckpt CKPT --guidance 1 --method replacement", "needs --method monl"),
     (sample, "--ckpt CKPT --guidance-drop smell --guidance 1", "use video, audio"),
     (sample, "--ckpt CKPT --guidance-drop audio", "other than 0"),
+    (sample, "--ckpt CKPT --strength 1", "for --method reconstruction"),
     (sample, "--ckpt CKPT --given video:0-1 --task joint", "use one"),
     (sample, "--ckpt CKPT --task joint --input a.mp4", "given nothing"),
     (sample, "--ckpt CKPT --seconds 2", "must be 2.125"),
