@@ -439,7 +439,7 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
     """
     check_choice("sampler", sampler, SAMPLERS)
     taus = respaced(schedule, steps, z0.device)
-    given = given.to(z0.device).expand(len(z0), -1)  # (B, S)
+    given = given.to(z0.device, torch.bool).expand(len(z0), -1)  # (B, S)
     held = layout.per_element(given)  # (B, E)
     dropped = given & layout.of(layout.names if guidance_drop is None else guidance_drop).to(z0.device)
     guided = guidance and dropped.any()
@@ -463,6 +463,7 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
 # --- The baselines [App. C.2]: what a model must do that was never shown a timestep vector --------------------------
 
 
+@torch.inference_mode(False)  # which would forbid the gradient
 @torch.no_grad()
 def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps=250, sampler="ddim",
                       generator=None, on_step=None):  # fmt: skip
@@ -477,7 +478,7 @@ def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps
     """
     check_choice("sampler", sampler, SAMPLERS)
     taus = respaced(schedule, steps, z0.device)
-    given = given.to(z0.device).expand(len(z0), -1)  # (B, S)
+    z0, given = z0.clone(), given.to(z0.device, torch.bool).clone().expand(len(z0), -1)  # tensors of an inference mode too
     held = layout.per_element(given)
     clean = torch.where(held, z0, 0)
     z, z0_prev, last = noise_like(z0, generator), torch.zeros_like(z0), None

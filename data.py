@@ -5,14 +5,19 @@ Clips are dicts: {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}
 """
 
 import math
+import os
 import re
 import subprocess
 import sys
+import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
+import soundfile
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -83,7 +88,7 @@ def toy_clips(n, seed, frames=FRAMES):
 
 
 def joined(dicts):
-    return {k: torch.cat([d[k] for d in dicts]) for k in dicts[0]}
+    return {k: torch.cat([d.pop(k) for d in dicts]) for k in list(dicts[0])}  # pop: parts are freed one by one
 
 
 def render(draws, frames=FRAMES):
@@ -114,7 +119,7 @@ class Components(nn.Module):
     If each component were brought to unit variance, the faint ones would weigh as much as the ball itself and the model
     would spend its time on them; if none were, it would never learn the faint ones. So their standard deviations become
     their square roots, and a random rotation then spreads the components evenly over the channels; it changes no
-    distance. Channels beyond the rank of the data stay zero.
+    distance. Channels beyond the rank of the data stay zero, and so do all of them where the data is constant.
     """
 
     def __init__(self, dim, channels):
@@ -132,7 +137,7 @@ class Components(nn.Module):
             basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of the two signs always the same one
             rotation = torch.linalg.qr(torch.randn(rank, rank))[0]
         root = (scale[:rank] / len(x) ** 0.5).clamp(min=1e-4).sqrt()  # of the components' standard deviations
-        std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).std(0)
+        std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).std(0).clamp(min=1e-3)
         self.into[:, :rank] = (basis[:, :rank] / root) @ rotation / std
         self.back[:rank] = std[:, None] * rotation.T @ (basis[:, :rank] * root).T
 
@@ -164,8 +169,8 @@ class PatchTokenizer(nn.Module):
         return rearrange(x, pattern, f=frames, p=self.patch, q=self.patch, c=3)
 
     def fit(self, video):
-        self.first.fit(self.patches(video[:, ::4], 1).flatten(0, -2))  # any single frame may serve as a first one
-        self.later.fit(self.patches(video[:, 1:], 4).flatten(0, -2))
+        self.first.fit(rows(lambda part: self.patches(part[:, ::4], 1), video))  # any frame may serve as a first one
+        self.later.fit(rows(lambda part: self.patches(part[:, 1:], 4), video))
 
     def encode(self, video):
         first, later = self.patches(video[:, :1], 1), self.patches(video[:, 1:], 4)
@@ -226,7 +231,7 @@ class SpectrumTokenizer(nn.Module):
         return rearrange(magnitude.sqrt(), "n (k hops) lines -> n k (hops lines)", hops=HOPS)
 
     def fit(self, sound):
-        self.bins.fit(self.features(sound).flatten(0, 1))
+        self.bins.fit(rows(self.features, sound))
 
     def encode(self, sound):
         return self.bins.encode(self.features(sound))
@@ -246,8 +251,8 @@ class Standardize(nn.Module):
 
     def fit(self, latents):
         flat = latents.flatten(0, -2)
-        self.mean.copy_(flat.mean(0))
-        self.std.copy_(flat.std(0).clamp(min=1e-6))
+        self.mean.copy_(flat.mean(0, dtype=torch.float64))  # exact, so that a constant channel becomes zero
+        self.std.copy_((flat - self.mean).std(0).clamp(min=1e-6))
 
     def encode(self, latents):
         return (latents - self.mean) / self.std
@@ -268,8 +273,13 @@ class Tokenizers(nn.ModuleDict):
         self.layout = layout
 
     def fit(self, clips):
+        """Latents are fitted on all clips, others on 1024 of them at random: folders and files may be in order."""
         for name, tokenizer in self.items():
-            tokenizer.fit(clips[name])
+            x = clips[name]
+            if not isinstance(tokenizer, Standardize):
+                chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:1024]
+                x = x[chosen.sort().values]
+            tokenizer.fit(x)
 
     def encode(self, clips):
         return self.layout.pack({name: in_chunks(self[name].encode, x) for name, x in clips.items()})
@@ -278,35 +288,48 @@ class Tokenizers(nn.ModuleDict):
         return {name: in_chunks(self[name].decode, x) for name, x in self.layout.unpack(z).items()}
 
 
-def in_chunks(function, x, size=128):
-    """Apply a tokenizer's encode or decode to a few clips at a time, to bound memory."""
+def in_chunks(function, x, size=32):
+    """Apply a function to a few clips at a time, to bound memory."""
     return torch.cat([function(part) for part in x.split(size)])
+
+
+def rows(features, x, most=2**27):
+    """features(x) as (rows, D): all rows, or a random share of them that holds about `most` numbers (512 MiB)."""
+    share, generator = most / (len(x) * features(x[:1]).numel()), torch.Generator().manual_seed(0)
+
+    def some(part):
+        every = features(part).flatten(0, -2)
+        return every[torch.rand(len(every), generator=generator) < share]
+
+    return in_chunks(some, x)
 
 
 # --- Folders of clips, files of latents -------------------------------------------------------------------------------
 
 
 def ffmpeg(path, *arguments):
-    """Run imageio's ffmpeg on one file -> (stdout, stderr). The path is an argument of its own, never shell text.
+    """Run imageio's ffmpeg on one file -> what it says. ValueError for a file that takes too long.
 
-    ValueError for a file that takes too long; ffmpeg refuses one with blocks of 500 MB.
+    It reads an open file and may open nothing else: a playlist is refused, whatever it names, and no name is ever taken
+    for an option or a pattern. It also refuses files with blocks of 500 MB.
     """
     if not Path(path).is_file():
         raise ValueError("there is no such file")
-    source = ["-i", f"file:{Path(path).absolute()}"]  # "file:": a colon or dash is part of the name
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", "500000000"]
+    command += ["-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *arguments]
     try:
-        done = subprocess.run([*command, *source, *arguments], capture_output=True, check=False, timeout=900)
+        with open(path, "rb") as file:
+            done = subprocess.run(command, stdin=file, capture_output=True, check=False, timeout=900)
     except subprocess.TimeoutExpired:
         raise ValueError("ffmpeg has not decoded it in 15 minutes") from None
-    return done.stdout, done.stderr.decode(errors="replace")
+    return done.stderr.decode(errors="replace")
 
 
 def best_streams(path):
     """-> "0:i" of the largest picture, "0:j" of the finest sound; ValueError where one is missing."""
-    _, text = ffmpeg(path)  # without an output ffmpeg lists the streams and stops
+    text = ffmpeg(path)  # without an output ffmpeg lists the streams and stops; metadata stand further to the right
     best = {}
-    for index, kind, line in re.findall(r"Stream #(0:\d+).*?: (Video|Audio): (.*)", text):
+    for index, kind, line in re.findall(r"^  Stream #(0:\d+).*?: (Video|Audio): (.*)", text, re.MULTILINE):
         size = re.search(r"\b([1-9]\d*)x(\d+)\b" if kind == "Video" else r"\b(\d+) Hz", line)
         if size and "attached pic" not in line:
             area = math.prod(int(x) for x in size.groups())
@@ -318,52 +341,114 @@ def best_streams(path):
 
 
 def decode_clip(path, media):
-    """-> uint8 (F, size, size, 3), float32 (samples,) of its first hour, resampled and centre cropped. ValueError."""
+    """-> uint8 (F, size, size, 3), float32 (samples,) of its first hour, resampled and centre cropped. ValueError.
+
+    One call decodes both, and so measures their times from one origin. What starts later than the other is preceded by
+    its first frame, or by silence.
+    """
     video, audio = best_streams(path)
-    size, rate = media.size, media.sample_rate
-    crop = f"fps={media.fps},scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}"
-    align = "aresample=async=1:first_pts=0"  # sound that starts after the picture gets silence in front
-    out = ("-t", "3600", "-v", "error", "-f")
-    picture, error = ffmpeg(path, "-map", video, "-vf", crop, *out, "rawvideo", "-pix_fmt", "rgb24", "-")
-    sound, _ = ffmpeg(path, "-map", audio, "-af", align, "-ac", "1", "-ar", str(rate), *out, "f32le", "-")
-    frame = size * size * 3
-    if len(picture) < frame or len(sound) < 4:
+    square = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # of what is seen: pixels need not be square
+    picture = ["-map", video, "-vf", f"fps={media.fps}:start_time=0,{square},scale={media.size}:{media.size}"]
+    picture += ["-t", "3600", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    sound = ["-map", audio, "-af", "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"]
+    sound += ["-t", "3600", "-ar", str(media.sample_rate), "-f", "wav", "-c:a", "pcm_f32le"]
+    with tempfile.TemporaryDirectory() as folder:
+        pixels, wav = Path(folder, "pixels"), Path(folder, "wav")
+        error = ffmpeg(path, "-v", "error", *picture, pixels, *sound, wav)
+        try:
+            frames, shape = np.fromfile(pixels, np.uint8), (-1, media.size, media.size, 3)
+            frames = frames[: frames.size - frames.size % math.prod(shape[1:])].reshape(shape)
+            samples, _ = soundfile.read(wav, dtype="float32", always_2d=True)
+        except (OSError, soundfile.SoundFileError):
+            frames, samples = [], []
+    if not len(frames) or not len(samples):
         raise ValueError(f"ffmpeg cannot decode it ({(error.splitlines() or ['no output'])[-1]})")
-    frames = np.frombuffer(picture[: len(picture) // frame * frame], np.uint8).reshape(-1, size, size, 3)
-    samples = np.frombuffer(sound[: len(sound) // 4 * 4], np.float32)
-    return torch.from_numpy(frames.copy()), torch.from_numpy(samples.copy()).clamp(-1, 1)
+    left, right = torch.from_numpy(samples).nan_to_num().mT[[0, -1]]
+    phase = 1 if left @ right >= 0 else -1  # or two channels that mirror each other would be silent
+    return torch.from_numpy(frames), ((left + phase * right) / 2).clamp(-1, 1)
 
 
-def clip_windows(path, layout, media):
-    """Decode a clip and cut it into windows of the model's length, end to end -> clips. ValueError if it is short."""
+def clip_windows(path, layout, media, seconds=None):
+    """Decode a clip and cut it into windows of the model's length, or as long as one likes, end to end -> clips.
+
+    ValueError if it is too short, or silent all through.
+    """
     video, audio = decode_clip(path, media)
     need, sound = (m.edges[-1] for m in layout.modalities)  # seconds
+    need, sound = seconds or need, seconds or sound
     frames, samples = round(need * media.fps), round(sound * media.sample_rate)
     starts = [round(k * frames / media.fps * media.sample_rate) for k in range(len(video) // frames)]
     starts = [start for start in starts if start + samples <= len(audio)]
     if not starts:
         have = min(len(video) / media.fps, len(audio) / media.sample_rate)
         raise ValueError(f"{have:.2f} s of picture and sound, {need:.2f} s are needed")
+    if audio.abs().max() < 1e-4:
+        raise ValueError("its sound is silent all through")
     return {
         "video": video[: len(starts) * frames].unflatten(0, (-1, frames)),
         "audio": torch.stack([audio[start : start + samples] for start in starts]),
     }
 
 
-def folder_clips(folder, split, layout, media):
-    """Windows of every usable clip of a folder; split "held": every tenth file, "train": the rest (one file: both)."""
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith("."))
-    held = files[::10]
-    chosen = held if split == "held" else [path for path in files if path not in held or len(files) == 1]
-    parts = []
-    for path in chosen:
+def usable(paths, read, map=map):
+    """Yield (name, read(path)) of all files that can be read, and name the others on stderr. Shows progress."""
+
+    def attempt(path):
         try:
-            parts.append(clip_windows(path, layout, media))
+            return read(path)
         except ValueError as why:
-            print(f"skipped {path.name}: {why}", file=sys.stderr)
+            return why
+
+    for done, (path, clips) in enumerate(zip(paths, map(attempt, paths)), 1):
+        if isinstance(clips, ValueError):
+            print(f"skipped {path.name}: {clips}", file=sys.stderr)
+        else:
+            yield path.name, clips
+        if sys.stdout.isatty() or done % 500 == 0:
+            print(f"read {done} of {len(paths)}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+
+
+def set_aside(names):
+    """-> the held-out ones of a folder's usable files: a tenth, by a hash of the name, so that one more file moves no
+    other. One at least, and not all; with a single file it is also trained on."""
+    rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
+    held = sorted(name for name in names if rank[name] % 10 == 0)
+    return held if 0 < len(held) < len(rank) else [min(names, key=rank.get)]
+
+
+def training_clips(data, layout, media):
+    """-> clips to train on, names of the held-out files. Toy: 4096 clips, seed 0; a .npz: nine tenths of its clips."""
+    if data == "toy":
+        return toy_clips(4096, 0)[0], []
+    if is_latents(data):
+        latents, _ = read_latents(data)
+        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, []
+    paths = sorted(path for path in Path(data).iterdir() if path.is_file() and not path.name.startswith("."))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # of threads that wait for an ffmpeg each
+        parts = dict(usable(paths, lambda path: clip_windows(path, layout, media), pool.map))
     if not parts:
-        raise ValueError(f"no usable clip among the {len(chosen)} files of {folder} that are set aside to {split}")
-    return joined(parts)
+        raise ValueError(f"no usable clip among the {len(paths)} files of {data}")
+    held = set_aside(parts)
+    return joined([parts[name] for name in parts if name not in held or len(parts) == 1]), held
+
+
+def held_clips(data, held, layout, media, count, seconds):
+    """-> the first `count` held-out clips, `seconds` long. Toy: of 1024, seed 1; a .npz: every tenth clip, as it is;
+    a folder: windows of the files that `held` names."""
+    if data == "toy":
+        return toy_clips(min(count, 1024), 1, round(seconds * media.fps))[0]
+    if is_latents(data):
+        return {name: x[::10][:count] for name, x in read_latents(data)[0].items()}
+    parts, paths = [], [Path(data, name) for name in held]
+    for _, clips in usable(paths, lambda path: clip_windows(path, layout, media, seconds)):
+        parts.append(clips)
+        if sum(len(part["video"]) for part in parts) >= count:
+            break
+    if not parts:
+        raise ValueError(
+            f"none of the {len(held)} files of {data} that were set aside can be used: --input names another"
+        )
+    return {name: x[:count] for name, x in joined(parts).items()}
 
 
 def read_latents(path):
@@ -397,23 +482,6 @@ def read_latents(path):
         latents[name] = torch.from_numpy(z)
         modalities.append(Modality(name, z.shape[2:-1], z.shape[-1], tuple(edges.tolist())))
     return latents, Layout(modalities)
-
-
-def load_clips(data, split, layout, media, count=None, frames=FRAMES):
-    """-> clips of the split "train" (toy: 4096, seed 0) or "held" (toy: 1024, seed 1), the first `count` of them.
-
-    The toy world goes on for as many frames as one likes; other clips last as long as the model's window.
-    """
-    if data == "toy":
-        full, seed = {"train": (4096, 0), "held": (1024, 1)}[split]
-        clips, _ = toy_clips(full if count is None else min(count, full), seed, frames)
-    elif is_latents(data):
-        latents, _ = read_latents(data)
-        chosen = torch.arange(len(latents[layout.names[0]])) % 10 == 0
-        clips = {name: z[chosen if split == "held" else ~chosen] for name, z in latents.items()}
-    else:
-        clips = folder_clips(data, split, layout, media)
-    return {name: x[:count] for name, x in clips.items()}
 
 
 # --- What a training step sees: a function of (seed, step, position in the batch) alone -------------------------------

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from avdit import PRESETS, SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, generate, generate_baseline, task_mask
-from data import FRAMES, Media, Tokenizers, clip_windows, is_latents, load_clips
+from data import FRAMES, Media, Tokenizers, clip_windows, held_clips, is_latents
 from train import DEVICES, Parser, end_step, number, open_device, opened
 
 METHODS = ("monl", "replacement", "reconstruction")
@@ -50,12 +50,11 @@ class Trained:
             raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it")
         with opened(path) as saved:
             config = saved["config"]
-            self.data, self.preset = config["data"], PRESETS[config["preset"]]
+            self.data, self.preset, self.held = config["data"], PRESETS[config["preset"]], saved["held"]
             self.media = Media(config["fps"], config["size"], config["sample_rate"])
             self.layout = Layout([Modality(**m) for m in saved["modalities"]])
             self.model = self.preset.model(self.layout, config["prediction"])
-            average = {k.removeprefix("module."): v for k, v in saved["ema"].items() if k.startswith("module.")}
-            self.model.load_state_dict(average)
+            self.model.load_state_dict(saved["ema"])
             self.tokenizers = Tokenizers(self.data, self.layout, self.media)
             self.tokenizers.load_state_dict(saved["tokenizers"])
         self.model.to(device).eval()
@@ -66,15 +65,14 @@ class Trained:
         self.span = edges[-1]  # seconds of a window
         self.step = edges[-1] - edges[:3][-1]  # seconds from a window to the next, which starts with its last 5 frames
 
-    def clips(self, path, count, windows):
-        """The clips that conditions are cut from: the one at `path`, or held-out ones; toy clips last all windows."""
-        if path:
-            try:
-                return {name: x[:1] for name, x in clip_windows(path, self.layout, self.media).items()}
-            except ValueError as why:
-                raise ValueError(f"--input {path}: {why}") from None
-        frames = FRAMES + round((windows - 1) * self.step * self.media.fps)
-        return load_clips(self.data, "held", self.layout, self.media, count, frames)
+    def clips(self, path, count, seconds):
+        """The clips that conditions are cut from: the one at `path`, or held-out ones, `seconds` long."""
+        if not path:
+            return held_clips(self.data, self.held, self.layout, self.media, count, seconds)
+        try:
+            return {name: x[:1] for name, x in clip_windows(path, self.layout, self.media, seconds).items()}
+        except ValueError as why:
+            raise ValueError(f"--input {path}: {why}") from None
 
     def windows(self, seconds):
         """How many windows it takes to last that long; None: one."""
@@ -86,8 +84,19 @@ class Trained:
         return {name: x[:, spans[name]] for name, x in clips.items()}
 
     def window(self, clips, k=0):
-        """The k-th window of longer clips."""
-        return self.cut(clips, k * self.step, k * self.step + self.span) if self.decodes else clips
+        """The k-th window of longer clips, which may end before it does: zeros follow."""
+        if not self.decodes:
+            return clips
+        part = self.cut(clips, k * self.step, k * self.step + self.span)
+        missing = {name: round(self.span * rate) - part[name].shape[1] for name, rate in self.rates.items()}
+        return {name: torch.cat([x, x.new_zeros(len(x), missing[name], *x.shape[2:])], 1) for name, x in part.items()}
+
+    def masks(self, given, windows, seconds):
+        """What each window is given, a list of (S,): the first what the task gives, each other what the window before
+        shares with it, and of its own part of the clip, `seconds` long, what the task gives there."""
+        shared = task_mask("continue", self.layout)
+        later = [shared | (given & self.layout.within(0, seconds - k * self.step)) for k in range(1, windows)]
+        return [given, *later]
 
     def per_frame(self, given):
         """Mask (S,) -> masks of frames and of sound samples, {"video": bool (F,), "audio": bool (samples,)}."""
@@ -138,27 +147,29 @@ def sample(trained, args, z0, given, generator, label):
     return torch.cat(parts)
 
 
-def make(trained, args, z0, given, label, windows=1):
-    """Sample and decode -> clips. Each further window is given the last 5 frames of the one before, and their sound.
+def make(trained, args, z0, given, label):
+    """Sample and decode -> clips. z0 and given: lists of what each window holds, (n, E), and is given, (S,).
 
-    Sound segments are all alike and move over as they are, so sound is decoded once and no seam is heard. So does the
-    last video segment; but the frame before it came from a segment of four, and becomes a segment of its own.
+    Each window after the first also has the last 5 frames of the one before, and their sound. Sound segments are all
+    alike and move over as they are, so sound is decoded once and no seam is heard. So does the last video segment; but
+    the frame before it came from a segment of four, and becomes a segment of its own.
     """
     layout, tokenizers = trained.layout, trained.tokenizers
     generator = torch.Generator().manual_seed(args.seed)
-    z = sample(trained, args, z0, given, generator, label)
-    if windows == 1:
+    z = sample(trained, args, z0[0], given[0], generator, label)
+    if len(z0) == 1:
         return tokenizers.decode(z)
-    given = task_mask("continue", layout)
-    frames = int(trained.per_frame(given)["video"].sum())
-    shift = {name: int(mask.sum()) for name, mask in layout.split(given).items()}
+    shared = task_mask("continue", layout)
+    frames = int(trained.per_frame(shared)["video"].sum())
+    shift = {name: int(mask.sum()) for name, mask in layout.split(shared).items()}
     latents = layout.unpack(z)
     video, audio = [tokenizers["video"].decode(latents["video"])], [latents["audio"]]
-    for k in range(1, windows):
+    for k in range(1, len(z0)):
         latents = {name: x.roll(shift[name], 1) for name, x in latents.items()}
         still = video[-1][:, -frames, None].expand(-1, FRAMES, -1, -1, -1)
         latents["video"][:, 0] = tokenizers["video"].encode(still)[:, 0]
-        z = sample(trained, args, layout.pack(latents), given, generator, f"{label}, window {k + 1} of {windows}")
+        z = torch.where(layout.per_element(shared), layout.pack(latents), z0[k])
+        z = sample(trained, args, z, given[k], generator, f"{label}, window {k + 1} of {len(z0)}")
         latents = layout.unpack(z)
         video.append(tokenizers["video"].decode(latents["video"])[:, frames:])
         audio.append(latents["audio"][:, shift["audio"] :])
@@ -283,16 +294,19 @@ def check(args, trained):
 
 
 def package(trained, made, true, given, order):
-    """Everything of one task as numpy arrays, the contents of samples.npz."""
+    """Everything of one task as numpy arrays, the contents of samples.npz. given: of each window."""
     out = {name: x.numpy() for name, x in made.items()}
     if trained.decodes:
-        for name, mask in trained.per_frame(given).items():  # of the first window: what follows is generated
-            out[f"given_{name}"] = np.pad(mask.numpy(), (0, out[name].shape[1]))[: out[name].shape[1]]
+        masks = [trained.per_frame(mask) for mask in given]
+        shared = trained.per_frame(task_mask("continue", trained.layout))
+        for name in masks[0]:
+            later = [mask[name][int(shared[name].sum()) :] for mask in masks[1:]]
+            out[f"given_{name}"] = torch.cat([masks[0][name], *later])[: out[name].shape[1]].numpy()
         out.update(fps=trained.media.fps, sample_rate=trained.media.sample_rate)
     else:  # latents come back as they came in, with their edges
-        out.update({f"given_{name}": mask.numpy() for name, mask in trained.layout.split(given).items()})
+        out.update({f"given_{name}": mask.numpy() for name, mask in trained.layout.split(given[0]).items()})
         out.update({f"{m.name}_edges": np.array(m.edges) for m in trained.layout.modalities})
-    if given.any():
+    if given[0].any():
         out.update({"condition": order.numpy(), **{f"{name}_true": x.numpy() for name, x in true.items()}})
     return out
 
@@ -300,19 +314,26 @@ def package(trained, made, true, given, order):
 def run(args):
     trained = Trained(args.ckpt, open_device(args.device))
     tasks = check(args, trained)
-    windows = trained.windows(args.seconds)
-    clips, z_clips = {}, torch.zeros(1, trained.layout.E)  # where nothing is given it only carries the shape
+    windows, seconds = trained.windows(args.seconds), args.seconds or trained.span
+    shared = task_mask("continue", trained.layout)
+    clips, z_clips = {}, [torch.zeros(1, trained.layout.E)] * windows  # where nothing is given: only the shape
     if any(given.any() for given in tasks.values()):
-        clips = trained.clips(args.input, args.n, windows)
-        z_clips = trained.tokenizers.encode(trained.window(clips))
-    order = torch.arange(args.n) % len(z_clips)
+        # Where the windows after the first are given nothing of the clip, it need not last that long.
+        lasts = seconds if any((given & ~shared).any() for given in tasks.values()) else trained.span
+        clips = trained.clips(args.input, args.n, seconds if trained.data == "toy" else lasts)
+        z_clips = [trained.tokenizers.encode(trained.window(clips, k)) for k in range(windows)]
+    order = torch.arange(args.n) % len(z_clips[0])
     for task, given in tasks.items():
-        made = make(trained, args, z_clips[order], given, task, windows)
+        given = trained.masks(given, windows, seconds)
+        made = make(trained, args, [z[order] for z in z_clips], given, task)
         true = {name: x[order] for name, x in clips.items()}
         if args.seconds:
             made, true = (trained.cut(x, 0, args.seconds) for x in (made, true))
         folder = Path(args.out) / task
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():  # a former run may have made more
+            if path.suffix in (".mp4", ".wav", ".png") and (path.stem.isdecimal() or path.stem == "sheet"):
+                path.unlink()
         out = package(trained, made, true, given, order)
         np.savez_compressed(folder / "samples.npz", **out)
         if trained.decodes:

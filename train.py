@@ -4,6 +4,7 @@ Every run is a resumed run: its first process writes step 0, and every process l
 """
 
 import argparse
+import copy
 import csv
 import importlib.util
 import math
@@ -14,17 +15,15 @@ import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from avdit import PRESETS, NoiseSchedule, loss_weights, parse_mixture, training_loss
-from data import Media, Tokenizers, default_media, describe, draw, draw_noise, load_clips
+from data import Media, Tokenizers, default_media, describe, draw, draw_noise, training_clips
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
@@ -262,9 +261,17 @@ def make_optimizers(name, model):
 
 
 def learning_rate(args, step):
-    """A linear warm-up times a cosine to zero [App. B]."""
-    warm = min(1, (step + 1) / PRESETS[args.preset].warmup)
+    """A linear warm-up, of a tenth of the run at most, times a cosine to zero [App. B]."""
+    warm = min(1, (step + 1) / min(PRESETS[args.preset].warmup, args.steps / 10))
     return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+@torch.no_grad()
+def average(ema, model, step, decay):
+    """Follow the weights: over the last 1 / (1 - decay) steps, but never over more than about the last ninth of them,
+    or a short run would be sampled from its untrained weights."""
+    for slow, p in zip(ema.parameters(), model.parameters()):
+        slow.lerp_(p, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 # --- Progress ---------------------------------------------------------------------------------------------------------
@@ -326,7 +333,7 @@ class Log:
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
-FORMAT = 2  # a change that another version would misread adds one
+FORMAT = 3  # a change that another version would misread adds one
 
 
 @contextmanager
@@ -382,13 +389,12 @@ def on_cpu(x):
     return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
-def save_run(ckpt, step, args, run, machine):
+def save_run(ckpt, step, about, run, machine):
     """Write a checkpoint, once for all processes, which go on when it is there."""
     states = {name: part.state_dict() for name, part in run.items()}
     state = on_cpu(states) if machine.mesh or machine.rank == 0 else {}  # XLA's hosts must all do the same
     if machine.rank == 0:
-        about = {"format": FORMAT, "step": step, "config": vars(args), "modalities": described(run["model"].layout)}
-        save(ckpt, {**about, **state})
+        save(ckpt, {"format": FORMAT, "step": step, **about, **state})
     machine.total(torch.zeros(()))
 
 
@@ -402,33 +408,49 @@ def check_finite(run, machine, step):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+def mark(z):
+    """One number a clip, (n,), that tells these latents from others, to the rounding of other machines."""
+    return z @ torch.randn(z.shape[1], generator=torch.Generator().manual_seed(0)) / z.shape[1] ** 0.5
+
+
 def fit(tokenizers, model, clips):
-    """Fit the tokenizers. The model's estimates of z0 are then bounded by the largest |z| of a modality's clips."""
+    """Fit the tokenizers, bound the model's estimates of z0 by the largest |z| of each modality -> mark of the latents."""
     tokenizers.fit(clips)
-    latents = model.layout.unpack(tokenizers.encode(clips))
-    largest = [z.abs().max().expand(z.shape[1]) for z in latents.values()]  # for every segment
-    model.z_max.copy_(model.layout.per_element(torch.cat(largest)))
+    z = tokenizers.encode(clips)
+    largest = {name: part.abs().max() for name, part in model.layout.unpack(z).items()}
+    for name, value in largest.items():
+        if value < 0.01:
+            print(f"{name} is the same in all clips: there is nothing to learn of it", file=sys.stderr)
+    bounds = [value.expand(n) for value, n in zip(largest.values(), model.layout.lengths)]  # for every segment
+    model.z_max.copy_(model.layout.per_element(torch.cat(bounds)))
+    return mark(z)
 
 
 def begin(args, machine, layout, ckpt):
-    """-> the parts of the run as ckpt holds them, latents of all clips, the step. Creates ckpt where there is none."""
-    preset, read = PRESETS[args.preset], partial(load_clips, args.data, "train", layout, media_of(args))
+    """-> the parts of the run as ckpt holds them, what else it says, latents of all clips, the step.
+
+    Creates ckpt where there is none.
+    """
+    preset, media = PRESETS[args.preset], media_of(args)
     torch.manual_seed(args.seed)
     model = preset.model(layout, args.prediction).to(machine.device)
-    tokenizers, log = Tokenizers(args.data, layout, media_of(args)), Log(ckpt.parent / "log.csv", layout, machine)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(preset.ema))
-    run = {"model": model, "ema": ema, **make_optimizers(args.optimizer, model), "tokenizers": tokenizers, "log": log}
+    tokenizers, log = Tokenizers(args.data, layout, media), Log(ckpt.parent / "log.csv", layout, machine)
+    run = {"model": model, "ema": copy.deepcopy(model), **make_optimizers(args.optimizer, model)}
+    run |= {"tokenizers": tokenizers, "log": log}
+    about = {"config": vars(args), "modalities": described(layout)}
     clips, fresh = None, machine.total(torch.tensor(int(machine.rank == 0 and not ckpt.exists()))) > 0
     if fresh:
         print(f"reading {args.data} ...", flush=True)
-        clips = read()
-        fit(tokenizers, model, {name: x[:1024] for name, x in clips.items()})
+        clips, about["held"] = training_clips(args.data, layout, media)
+        about["mark"] = fit(tokenizers, model, clips)
+        run["ema"].load_state_dict(model.state_dict())
         ckpt.parent.mkdir(parents=True, exist_ok=True)
-        save_run(ckpt, 0, args, run, machine)
+        save_run(ckpt, 0, about, run, machine)
     with opened(ckpt) as saved:
         step, before, now = saved["step"], saved["config"], vars(args)
         changed = [name for name in now if before[name] != now[name] and name not in FREE]
-        alike = saved["modalities"] == described(layout)
+        alike = saved["modalities"] == about["modalities"]
+        about |= {name: saved[name] for name in ("held", "mark")}
         if alike and not changed:
             for name, part in run.items():
                 part.load_state_dict(saved[name])
@@ -438,10 +460,15 @@ def begin(args, machine, layout, ckpt):
     if not alike:
         raise ValueError(f"{ckpt} is of a run on other modalities than {args.data} has: use another --out")
     if step == args.steps:
-        return run, None, step
+        return run, about, None, step
     if not fresh:
         print(f"going on at step {step} of {ckpt}; reading {args.data} ...", flush=True)
-    return run, tokenizers.encode(clips or read()), step
+        clips, _ = training_clips(args.data, layout, media)
+    z = tokenizers.encode(clips)
+    if len(z) != len(about["mark"]) or not torch.allclose(mark(z), about["mark"], atol=0.01):
+        raise ValueError(f"{ckpt} is of a run on {len(about['mark'])} clips; the {len(z)} of {args.data} are not the same: "
+                         "use another --out")  # fmt: skip
+    return run, about, z, step
 
 
 @contextmanager
@@ -465,7 +492,7 @@ def train(args, layout):
     """Alg. 2, on whatever machine there is."""
     machine, preset, ckpt = Machine(args.device), PRESETS[args.preset], Path(args.out) / "ckpt.pt"
     machine.check(args.batch, args.accumulate)
-    run, z, first = begin(args, machine, layout, ckpt)
+    run, about, z, first = begin(args, machine, layout, ckpt)
     model, log, optimizers = run["model"], run["log"], [run[name] for name in ("adamw", "muon") if name in run]
     levels, schedule = NoiseSchedule(), NoiseSchedule().to(machine.device)  # the whole batch's weights need no device
     net = machine.share(model)
@@ -490,7 +517,7 @@ def train(args, layout):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-            run["ema"].update_parameters(model)
+            average(run["ema"], model, step, preset.ema)
             end_step(machine.device)
             done, stop = step + 1, machine.total(torch.tensor(len(noted))) > 0  # all processes after the same step
             line = done % log.EVERY == 0 or done == args.steps
@@ -500,7 +527,7 @@ def train(args, layout):
             if line:
                 log.write(done, args.steps)
             if keep:
-                save_run(ckpt, done, args, run, machine)
+                save_run(ckpt, done, about, run, machine)
             if stop and done < args.steps:
                 raise KeyboardInterrupt("saved")
     print(f"\ndone: {ckpt}")
@@ -510,7 +537,7 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     try:
-        with parser.guarding("use a smaller --batch, or more --accumulate for the same"):
+        with parser.guarding("use a smaller --batch, more --accumulate for the same, a smaller --size or fewer clips"):
             parse_mixture(args.mixture)  # before anything is read
             if args.compile and args.device == "xla":
                 raise ValueError("--compile is for other devices: XLA compiles everything")

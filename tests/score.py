@@ -157,27 +157,28 @@ def score(trained, task, clips, true, given, real, learned):
 def table(args, trained, tasks):
     """Print a row a task, or of every window of clips that are continued; the first is real clips, encoded and decoded."""
     windows = trained.windows(args.seconds)
-    clips = trained.clips(None, args.n, windows)
-    z = trained.tokenizers.encode(trained.window(clips))
+    seconds = trained.span + (windows - 1) * trained.step
+    clips = trained.clips(None, args.n, seconds)
+    z = [trained.tokenizers.encode(trained.window(clips, k)) for k in range(windows)]
     real, learned = (trained.tokenizers.encode(toy_clips(*which)[0]) for which in ((1024, 2), (4096, 0)))
 
     def row(name, task, made, true, given):
         s = score(trained, task, made, true, given, real, learned)
         if task == "a2v":  # once more, 16 samples of every sound, to see how they spread
-            again = sample.make(trained, args, z[torch.arange(args.n) // 16], given, task)
+            again = sample.make(trained, args, [z[0][torch.arange(args.n) // 16]], [given], task)
             s["spread"] = spread(again["video"], 16)
         cells = (f"{float(s[k]):14.3f}" if k in s else f"{'-':>14}" for k in SCORES)
         print(f"{name:12}" + "".join(cells), flush=True)
 
     print(f"{args.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
     print(" " * 12 + "".join(f"{k:>14}" for k in SCORES))
-    row("tokenizer", "", trained.tokenizers.decode(z), trained.window(clips), task_mask("joint", trained.layout))
+    row("tokenizer", "", trained.tokenizers.decode(z[0]), trained.window(clips), task_mask("joint", trained.layout))
     for task, given in tasks.items():
-        made = sample.make(trained, args, z, given, task, windows)
-        for k in range(windows):
+        masks = trained.masks(given, windows, seconds)
+        made = sample.make(trained, args, z, masks, task)
+        for k, mask in enumerate(masks):
             name = f"{task} {k + 1}" if windows > 1 else task
-            row(name, task, trained.window(made, k), trained.window(clips, k), given)
-            given = task_mask("continue", trained.layout)
+            row(name, task, trained.window(made, k), trained.window(clips, k), mask)
 
 
 def main():

@@ -177,8 +177,8 @@ def figure(args, path):
         trained = sample.Trained(args.out / folder_name(model, 0), open_device(args.device))
         settings = sample.make_parser(None, n=1).parse_args([*map(str, SAMPLING), *extra])
         given = task_mask("continue", trained.layout)
-        true = {name: x[args.clip :] for name, x in trained.clips(None, args.clip + 1, 1).items()}
-        made[way] = sample.make(trained, settings, trained.tokenizers.encode(true), given, way)
+        true = {name: x[args.clip :] for name, x in trained.clips(None, args.clip + 1, trained.span).items()}
+        made[way] = sample.make(trained, settings, [trained.tokenizers.encode(true)], [given], way)
     rows = {"true": true, **made}
     video, audio = (torch.cat([row[name] for row in rows.values()]).numpy() for name in ("video", "audio"))
     masks = [mask.numpy() for mask in trained.per_frame(given).values()]
