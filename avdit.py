@@ -478,7 +478,8 @@ def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps
     """
     check_choice("sampler", sampler, SAMPLERS)
     taus = respaced(schedule, steps, z0.device)
-    z0, given = z0.clone(), given.to(z0.device, torch.bool).clone().expand(len(z0), -1)  # tensors of an inference mode too
+    given = given.to(z0.device, torch.bool).expand(len(z0), -1)  # (B, S)
+    z0, given = z0.clone(), given.clone()  # those of an inference mode have no part in gradients either
     held = layout.per_element(given)
     clean = torch.where(held, z0, 0)
     z, z0_prev, last = noise_like(z0, generator), torch.zeros_like(z0), None

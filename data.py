@@ -119,7 +119,7 @@ class Components(nn.Module):
     If each component were brought to unit variance, the faint ones would weigh as much as the ball itself and the model
     would spend its time on them; if none were, it would never learn the faint ones. So their standard deviations become
     their square roots, and a random rotation then spreads the components evenly over the channels; it changes no
-    distance. Channels beyond the rank of the data stay zero, and so do all of them where the data is constant.
+    distance. Channels beyond the rank of the data stay zero: all of them, where the data is constant.
     """
 
     def __init__(self, dim, channels):
@@ -134,10 +134,11 @@ class Components(nn.Module):
             torch.manual_seed(0)
             self.mean.copy_(x.mean(0))
             _, scale, basis = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)
+            rank = int((scale[:rank] > 1e-5 * x.norm()).sum())  # what is fainter is rounding
             basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of the two signs always the same one
             rotation = torch.linalg.qr(torch.randn(rank, rank))[0]
-        root = (scale[:rank] / len(x) ** 0.5).clamp(min=1e-4).sqrt()  # of the components' standard deviations
-        std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).std(0).clamp(min=1e-3)
+        root = (scale[:rank] / len(x) ** 0.5).sqrt()  # of the components' standard deviations
+        std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).norm(dim=0) / len(x) ** 0.5
         self.into[:, :rank] = (basis[:, :rank] / root) @ rotation / std
         self.back[:rank] = std[:, None] * rotation.T @ (basis[:, :rank] * root).T
 
@@ -273,13 +274,8 @@ class Tokenizers(nn.ModuleDict):
         self.layout = layout
 
     def fit(self, clips):
-        """Latents are fitted on all clips, others on 1024 of them at random: folders and files may be in order."""
         for name, tokenizer in self.items():
-            x = clips[name]
-            if not isinstance(tokenizer, Standardize):
-                chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:1024]
-                x = x[chosen.sort().values]
-            tokenizer.fit(x)
+            tokenizer.fit(clips[name])
 
     def encode(self, clips):
         return self.layout.pack({name: in_chunks(self[name].encode, x) for name, x in clips.items()})
@@ -293,15 +289,18 @@ def in_chunks(function, x, size=32):
     return torch.cat([function(part) for part in x.split(size)])
 
 
-def rows(features, x, most=2**27):
-    """features(x) as (rows, D): all rows, or a random share of them that holds about `most` numbers (512 MiB)."""
-    share, generator = most / (len(x) * features(x[:1]).numel()), torch.Generator().manual_seed(0)
+def rows(features, x, clips=1024, most=2**26):
+    """features(x) as (rows, D) to fit components on: of `clips` clips at random, for folders are in order, all rows or
+    a random share of them that holds about `most` numbers (256 MiB)."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(x), generator=generator)[:clips].sort().values
+    share = most / (len(chosen) * features(x[:1]).numel())
 
     def some(part):
-        every = features(part).flatten(0, -2)
+        every = features(x[part]).flatten(0, -2)
         return every[torch.rand(len(every), generator=generator) < share]
 
-    return in_chunks(some, x)
+    return in_chunks(some, chosen)
 
 
 # --- Folders of clips, files of latents -------------------------------------------------------------------------------
@@ -385,7 +384,7 @@ def clip_windows(path, layout, media, seconds=None):
     if audio.abs().max() < 1e-4:
         raise ValueError("its sound is silent all through")
     return {
-        "video": video[: len(starts) * frames].unflatten(0, (-1, frames)),
+        "video": video[: len(starts) * frames].unflatten(0, (-1, frames)).clone(),  # frees what is left over
         "audio": torch.stack([audio[start : start + samples] for start in starts]),
     }
 

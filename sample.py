@@ -318,9 +318,10 @@ def run(args):
     shared = task_mask("continue", trained.layout)
     clips, z_clips = {}, [torch.zeros(1, trained.layout.E)] * windows  # where nothing is given: only the shape
     if any(given.any() for given in tasks.values()):
-        # Where the windows after the first are given nothing of the clip, it need not last that long.
-        lasts = seconds if any((given & ~shared).any() for given in tasks.values()) else trained.span
-        clips = trained.clips(args.input, args.n, seconds if trained.data == "toy" else lasts)
+        # Where the windows after the first are given nothing of the clip, it need not last longer than the first.
+        goes_on = trained.data == "toy" and not args.input
+        lasts = goes_on or any((given & ~shared).any() for given in tasks.values())
+        clips = trained.clips(args.input, args.n, seconds if lasts else trained.span)
         z_clips = [trained.tokenizers.encode(trained.window(clips, k)) for k in range(windows)]
     order = torch.arange(args.n) % len(z_clips[0])
     for task, given in tasks.items():

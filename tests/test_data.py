@@ -1,9 +1,12 @@
 """data.py: the toy world against its specification, tokenizers, folders, files, what a training step sees."""
 
 import math
+import subprocess
+import zlib
 from pathlib import Path
 
 import imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import soundfile
@@ -99,6 +102,52 @@ def test_a_full_basis_loses_nothing():
     assert error <= 1  # fewer patches than dimensions: the basis spans them all, the other channels stay zero
 
 
+def test_the_order_of_clips_does_not_matter():
+    """Colour after 1024 grey clips is still colour; a channel that moves only late in a file is not blown up."""
+    colours = torch.zeros(2048, 5, 16, 16, 3, dtype=torch.uint8)
+    light = torch.randint(0, 256, (2048, 1, 1, 1, 1), generator=torch.Generator().manual_seed(0)).byte()
+    colours[:1200] = light[:1200]
+    colours[1200:, ..., 2:] = light[1200:]
+    layout = Layout(av_modalities(8, (1, 1), 3, 0.125, 3, frames=5))
+    tokenizers = data.Tokenizers("folder", layout, data.Media(8, 16, 16000))
+    sound = torch.randn(2048, 10000, generator=torch.Generator().manual_seed(1))
+    tokenizers.fit({"video": colours, "audio": sound})
+    back = tokenizers["video"].decode(tokenizers["video"].encode(colours[-9:]))
+    assert (back.int() - colours[-9:].int()).abs().max() <= 2
+    latents = {name: torch.randn(2048, *m.shape) for name, m in zip(layout.names, layout.modalities)}
+    latents["audio"][:1200, ..., 0] = 3
+    tokenizers = data.Tokenizers("x.npz", layout, data.TOY)
+    tokenizers.fit(latents)
+    for part in layout.unpack(tokenizers.encode(latents)).values():
+        flat = part.flatten(0, -2)
+        assert flat.mean(0).abs().max() < 1e-4 and (flat.std(0) - 1).abs().max() < 1e-4
+
+
+def test_components_are_fitted_on_a_bounded_number_of_rows():
+    x = torch.arange(900.0)[:, None]
+    features = lambda part: part[:, None].expand(-1, 10, 6) + 1000 * torch.arange(10)[:, None]  # 9000 rows of 6
+    every = data.rows(features, x)
+    assert torch.equal(every, features(x).flatten(0, 1))
+    assert len(data.rows(features, x, clips=70)) == 700
+    few = data.rows(features, x, most=6 * 900)
+    assert 700 < len(few) < 1100 and set(few[:, 0].tolist()) <= set(every[:, 0].tolist())
+    clip, place = few[:, 0] % 1000, few[:, 0] // 1000  # of all clips and all places alike
+    assert abs(clip.mean() - 450) < 50 and torch.bincount(place.long(), minlength=10).min() > 50
+
+
+def test_constant_data_has_latents_of_zero():
+    """Black pictures and silence: nothing to divide by, and they come back as they are."""
+    layout = Layout(av_modalities(8, (2, 2), 12, 0.125, 8))
+    for light, loud in ((0, 0.0), (77, 0.3), (255, -1.0)):
+        clips = {"video": torch.full((9, 17, 32, 32, 3), light).byte(), "audio": torch.full((9, 34000), loud)}
+        tokenizers = data.Tokenizers("folder", layout, data.Media(8, 32, 16000))
+        tokenizers.fit(clips)
+        z = tokenizers.encode(clips)
+        assert z.abs().max() < 0.01
+        back = tokenizers.decode(z)
+        assert torch.equal(back["video"], clips["video"]) and back["audio"].isfinite().all()
+
+
 def test_istft_inverts_stft(fitted, toy):
     t, sound = fitted["audio"], toy[0]["audio"][:2, : 40 * 125 + 256 - 125]
     made = t.istft(t.stft(sound))
@@ -191,29 +240,130 @@ def test_a_clip_is_resampled_cropped_and_cut(tmp_path):
 
 def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
     make_clip(tmp_path / "b_good.mp4")
-    make_clip(tmp_path / "c_silent.mp4", sound=False)
+    make_clip(tmp_path / "c_mute.mp4", sound=False)
     make_clip(tmp_path / "d_short.mp4", seconds=1.5)
     (tmp_path / "e_broken.mp4").write_bytes((tmp_path / "b_good.mp4").read_bytes()[:300])
+    make_clip(tmp_path / "f_silent.mp4", tone=0)
     (tmp_path / "a_notes.txt").write_text("not a clip")
-    clips = data.load_clips(str(tmp_path), "train", FOLDER, MEDIA)
-    assert len(clips["video"]) == 2
+    (tmp_path / ".hidden.mp4").write_text("")
+    clips, held = data.training_clips(tmp_path, FOLDER, MEDIA)
+    assert len(clips["video"]) == 2 and held == ["b_good.mp4"]  # one alone is trained on and held out
+    wrong = ("a_notes.txt: ffmpeg finds", "c_mute.mp4: no sound", "d_short.mp4: 1.50 s of", "e_broken.mp4: ffmpeg",
+             "f_silent.mp4: its sound is silent all through")  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "skipped c_silent.mp4",
-        "skipped d_short.mp4",
-        "skipped e_broken.mp4",
-    ]
-    assert "no sound" in lines[0] and "2.12 s are needed" in lines[1]
-    with pytest.raises(ValueError, match="no usable clip"):
-        data.load_clips(str(tmp_path), "held", FOLDER, MEDIA)  # a_notes.txt is the file set aside
+    assert len(lines) == 5 and all(line.startswith(f"skipped {start}") for line, start in zip(lines, wrong)), lines
+    assert "2.12 s are needed" in lines[2]
+    (tmp_path / "b_good.mp4").unlink()
+    with pytest.raises(ValueError, match="no usable clip among the 5 files"):
+        data.training_clips(tmp_path, FOLDER, MEDIA)
 
 
-def test_a_folder_is_split_by_file(tmp_path):
+def test_a_folder_is_split_by_usable_file(tmp_path, monkeypatch):
+    """Sampling decodes no more of the files set aside than it needs, and lives with some that are gone."""
     for i in range(3):
         make_clip(tmp_path / f"{i}.mp4", tone=300 + 200 * i)
-    train, held = (data.load_clips(str(tmp_path), split, FOLDER, MEDIA) for split in ("train", "held"))
+    (tmp_path / "0.txt").write_text("")
+    monkeypatch.setattr(data, "set_aside", lambda names: sorted(names)[:2])
+    clips, held = data.training_clips(tmp_path, FOLDER, MEDIA)
     pitch = lambda x: torch.fft.rfft(x[:, :16000]).abs().argmax(-1).tolist()
-    assert pitch(held["audio"]) == [300, 300] and pitch(train["audio"]) == [500, 500, 700, 700]
+    assert held == ["0.mp4", "1.mp4"] and pitch(clips["audio"]) == [700, 700]
+    decoded, decode = [], data.decode_clip
+    monkeypatch.setattr(data, "decode_clip", lambda path, media: (decoded.append(path.name), decode(path, media))[1])
+    assert pitch(data.held_clips(tmp_path, held, FOLDER, MEDIA, 2, 2.125)["audio"]) == [300, 300]
+    assert decoded == ["0.mp4"]
+    assert pitch(data.held_clips(tmp_path, held, FOLDER, MEDIA, 3, 2.125)["audio"]) == [300, 300, 500]
+    (long,) = data.held_clips(tmp_path, ["gone.mp4", "1.mp4"], FOLDER, MEDIA, 3, 4.5)["video"]
+    assert len(long) == 36
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        data.held_clips(tmp_path, ["gone.mp4"], FOLDER, MEDIA, 3, 4.5)
+
+
+def test_one_more_file_moves_no_other():
+    names = [f"clip {k}.mp4" for k in range(1000)]
+    held = data.set_aside(names)
+    assert 60 < len(held) < 140 and held == data.set_aside(names[::-1])
+    for more in ("a.mp4", "zebra.mkv", "caf\udce9.mp4"):  # the last: a name that is no UTF-8
+        assert set(data.set_aside([more, *names])) - {more} == set(held)
+    for k in range(1, 40):
+        assert 0 < len(data.set_aside(names[:k])) < max(2, k)
+    assert data.set_aside(held[:3]) == [min(held[:3], key=lambda name: zlib.crc32(name.encode()))]
+
+
+def produce(path, *arguments):
+    """Let ffmpeg make a clip of its own sources."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments), str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+FLASH = "color=black:size=64x64:rate=25:duration={0},drawbox=color=white:t=fill:enable='between(t,{1},{1}+0.3)'"
+BEEP = "aevalsrc='0.5*sin(2*PI*1000*t)*between(t,{1},{1}+0.3)':s=16000:d={0}"
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4", "ts", "mpg"])
+@pytest.mark.parametrize("late", ["picture", "sound"])
+def test_picture_and_sound_that_start_apart_stay_together(tmp_path, container, late):
+    """A flash and a beep at 1.5 s; one stream begins a second after the other."""
+    flash, beep = (source.format(3, 0.5) if late == word else source.format(4, 1.5)
+                   for source, word in ((FLASH, "picture"), (BEEP, "sound")))  # fmt: skip
+    delay = {late: ["-itsoffset", 1]}
+    codecs = ["-c:v", "mpeg2video", "-c:a", "mp2"] if container in ("ts", "mpg") else []
+    path = produce(tmp_path / f"x.{container}", *delay.get("picture", []), "-f", "lavfi", "-i", flash,
+                   *delay.get("sound", []), "-f", "lavfi", "-i", beep, *codecs)  # fmt: skip
+    video, audio = data.decode_clip(path, MEDIA)
+    assert (video.float().mean((1, 2, 3)) > 128).nonzero()[0] == 12  # eighths
+    assert abs((audio.abs() > 0.1).nonzero()[0] / 16000 - 1.5) < 0.05 and len(video) >= 31
+
+
+def test_lists_of_other_files_are_refused(tmp_path):
+    """Whatever they name, and be it a good clip beside them."""
+    produce(tmp_path / "good.ts", "-f", "lavfi", "-i", FLASH.format(4, 1), "-f", "lavfi", "-i", BEEP.format(4, 1))
+    good = (tmp_path / "good.ts").absolute()
+    head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXTINF:4.0,\n"
+    lists = {
+        "relative.m3u8": f"{head}good.ts\n#EXT-X-ENDLIST\n",
+        "absolute.m3u8": f"{head}{good}\n#EXT-X-ENDLIST\n",
+        "file.m3u8": f"{head}file://{good}\n#EXT-X-ENDLIST\n",
+        "endless.m3u8": f"{head}{good}\n",
+        "list.ffconcat": "ffconcat version 1.0\nfile good.ts\n",
+        "list.mp4": f"ffconcat version 1.0\nfile 'file:{good}'\n",
+    }
+    assert len(data.clip_windows(good, FOLDER, MEDIA)["video"]) == 1
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=r"ffmpeg|no "):
+            data.clip_windows(tmp_path / name, FOLDER, MEDIA)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """A disc stored at half its width, shown at its full."""
+    disc = "color=black:size=128x128:rate=8:duration=3,geq=lum='255*lt(hypot(X-64,Y-64),40)':cb=128:cr=128"
+    for squeeze in ("scale=64:128,setsar=2", "scale=128:64,setsar=1/2", "scale=128:128,setsar=1"):
+        path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", f"{disc},{squeeze}",
+                       "-f", "lavfi", "-i", BEEP.format(3, 1), "-c:v", "ffv1")  # fmt: skip
+        light = data.decode_clip(path, MEDIA)[0][10, ..., 1] > 128  # (32, 32)
+        assert [light.any(axis).sum().item() for axis in (0, 1)] == pytest.approx([20, 20], abs=1), squeeze
+
+
+def test_metadata_that_looks_like_a_stream(tmp_path):
+    lie = "Stream #0:7: Video: h264, 4000x4000"
+    path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", FLASH.format(3, 1), "-f", "lavfi", "-i", BEEP.format(3, 1),
+                   "-metadata", f"title={lie}", "-metadata", f"comment=a\n  {lie}", "-metadata:s:v", f"title={lie}",
+                   "-metadata", f"{lie}=x")  # fmt: skip
+    assert lie in data.ffmpeg(path) and data.best_streams(path) == ("0:0", "0:1")
+
+
+def test_channels_become_one(tmp_path):
+    """Also where one mirrors the other, where there is one, and where there are six."""
+    for expression, loud in (("{0}|{0}", 1), ("{0}|-{0}", 1), ("{0}", 1), ("{0}|0", 0.5), ("0|-{0}", 0.5)):
+        source = "aevalsrc='" + expression.format("0.5*sin(2*PI*440*t)") + "':s=16000:d=3"
+        path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", FLASH.format(3, 1), "-f", "lavfi", "-i", source,
+                       "-c:a", "pcm_s16le")  # fmt: skip
+        _, audio = data.decode_clip(path, MEDIA)
+        assert audio.abs().max() == pytest.approx(0.5 * loud, rel=0.01), expression
+    path = produce(tmp_path / "six.mkv", "-i", path, "-af", "aformat=channel_layouts=5.1", "-c:a", "pcm_s16le")
+    _, audio = data.decode_clip(path, MEDIA)
+    assert audio.shape == (48000,) and audio.std() > 0.01
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips beside the project")
@@ -242,8 +392,9 @@ def test_latents_are_read_and_standardized(tmp_path):
     latents, layout = data.read_latents(path)
     assert [(m.name, m.shape) for m in layout.modalities] == [("video", (3, 2, 2, 4)), ("audio", (6, 5))]
     assert layout.modalities[0].edges == (0, 0.1, 0.5, 0.9)
-    train, held = (data.load_clips(path, split, layout, data.TOY) for split in ("train", "held"))
+    train, held = data.training_clips(path, layout, data.TOY)[0], data.held_clips(path, [], layout, data.TOY, 9, 1)
     assert len(train["video"]) == 10 and torch.equal(held["audio"], latents["audio"][[0, 10]])
+    assert data.is_latents("Z.NPZ")
     tokenizers = data.Tokenizers(path, layout, data.TOY)
     tokenizers.fit(latents)
     z = tokenizers.encode(latents)

@@ -149,11 +149,11 @@ def test_a_run_that_goes_on_keeps_its_tokenizers_and_its_log(call, latents, tmp_
     assert (tmp_path / "runs/y/log.csv").read_bytes() == log and resumed["log"]["rows"] == whole["log"]["rows"]
 
 
-def test_the_estimate_is_bounded_by_what_the_fitted_clips_reach(call, latents, tmp_path):
-    """z_max of a modality is the largest |z| of the clips that its tokenizer was fitted on."""
+def test_the_estimate_is_bounded_by_what_the_clips_reach(call, latents, tmp_path):
+    """z_max of a modality is the largest |z| of the clips that are trained on."""
     assert call(train, *latents)[0] == 0
     trained = sample.Trained("runs/z", torch.device("cpu"))
-    clips = data.load_clips("z.npz", "train", trained.layout, data.TOY)
+    clips, _ = data.training_clips("z.npz", trained.layout, data.TOY)
     bounds = trained.layout.unpack(trained.model.z_max)
     for name, z in trained.layout.unpack(trained.tokenizers.encode(clips)).items():
         assert (bounds[name] == z.abs().max()).all()
@@ -164,7 +164,7 @@ def test_stopped_before_a_step_says_that_nothing_is_saved(call, latents, monkeyp
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "load_clips", stop)
+    monkeypatch.setattr(train, "training_clips", stop)
     status, _, err = call(train, *latents)
     assert status == 130 and "nothing new was saved" in one_line(err)
 
@@ -309,6 +309,34 @@ def test_other_modalities_into_the_same_folder_are_refused(call, latents, tmp_pa
     latents_file(tmp_path / "z.npz", audio=np.zeros((12, 6, 4)))
     status, _, err = call(train, *latents)
     assert status == 2 and "on other modalities" in one_line(err)
+
+
+def test_changed_data_are_refused(call, latents, tmp_path):
+    """The same path, other content: one number of one clip, their order, one clip more. The file itself may move."""
+    assert call(train, *latents, "--save-every", 1)[0] == 0
+    path, state = tmp_path / "runs/z/ckpt.pt", torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)
+    rng = np.random.default_rng(0)
+    video, audio = 3 * rng.standard_normal((12, 3, 2, 2, 4)) + 1, rng.standard_normal((12, 6, 5))  # as latents_file has
+    other = audio.copy()
+    other[7, 3, 2] += 1
+    more = {"video": np.concatenate([video, video[:2]]), "audio": np.concatenate([audio, audio[:2]])}
+    torch.save({**state, "step": 3}, path)
+    for change in ({"audio": other}, {"video": video[::-1], "audio": audio[::-1]}, more):
+        latents_file(tmp_path / "z.npz", **change)
+        status, _, err = call(train, *latents)
+        assert (
+            status == 2 and "is of a run on 10 clips" in err and "are not the same" in one_line(err.split("\n", 0)[-1])
+        )
+    latents_file(tmp_path / "z.npz", audio=audio * (1 + 1e-6))  # the rounding of another machine
+    assert call(train, *latents)[0] == 0
+
+
+def test_constant_data_are_named(call, latents, tmp_path):
+    latents_file(tmp_path / "z.npz", audio=np.full((12, 6, 5), 4.0))
+    status, _, err = call(train, *latents)
+    assert status == 0 and one_line(err) == "audio is the same in all clips: there is nothing to learn of it"
+    state = torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)
+    assert all(x.isfinite().all() for x in state["model"].values())
 
 
 # --- Flags ----------------------------------------------------------------------------

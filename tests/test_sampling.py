@@ -18,6 +18,7 @@ from avdit import (
     generate_baseline,
     loss_weights,
     noise_like,
+    respaced,
     task_mask,
     training_loss,
 )
@@ -314,6 +315,25 @@ def test_reconstruction_guidance_moves_by_eqs_9_to_12():
         assert not held[place[1]] and abs(gradient) > 1e-3
         want = step(z)[place] - strength * s2 * gradient
         torch.testing.assert_close(after[place], want, atol=abs(strength * gradient) * 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("way", "kwargs"), WAYS)
+def test_masks_of_numbers_and_inference_mode_change_nothing(way, kwargs):
+    """Reconstruction guidance needs a gradient, also of tensors that were made where none is kept."""
+    model, z0, given = randomized(AVDiT(THREE, 16, 1, 2, "v")), latents(THREE, 3), masks(THREE, 3, 5)
+    run = lambda z0, given: way(model, SCHEDULE, THREE, z0, given, steps=3,
+                                generator=torch.Generator().manual_seed(1), **kwargs)  # fmt: skip
+    want = run(z0, given)
+    for kind in (torch.int64, torch.uint8, torch.float32):
+        assert torch.equal(run(z0, given.to(kind)), want)
+    with torch.inference_mode():
+        assert torch.equal(run(z0, given), want) and torch.equal(run(z0 + 0, given | given), want)
+
+
+@pytest.mark.parametrize("T", [1000, 4000, 100_000])
+def test_no_timestep_repeats_when_all_are_taken(T):
+    taus = torch.stack(respaced(NoiseSchedule(T), T, torch.device("cpu")))
+    assert torch.equal(taus, torch.arange(T, -1, -1))
 
 
 def test_wrong_arguments_are_named():

@@ -46,14 +46,22 @@ def test_samples_come_from_the_average_of_the_trained_weights(call, latents, tmp
     states, save = [], train.save
     monkeypatch.setattr(train, "save", lambda path, state: (states.append(copy.deepcopy(state)), save(path, state)))
     assert call(train, *latents, "--save-every", 1, "--lr", 1)[0] == 0  # so large that the average lags behind
-    states, decay = states[1:], PRESETS["toy"].ema  # without step 0
-    for name, average in states[0]["model"].items():  # the first average is the first weights
-        for state in states[1:]:
+    for name, average in states[0]["model"].items():  # of step 0
+        for decay, state in zip((1 / 10, 2 / 11, 3 / 12, 4 / 13), states[1:]):
             average = decay * average + (1 - decay) * state["model"][name]
         assert name == "z_max" or not torch.equal(average, states[-1]["model"][name]) or not average.any()
-        torch.testing.assert_close(states[-1]["ema"]["module." + name], average, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(states[-1]["ema"][name], average, atol=1e-6, rtol=1e-5)
         weights = sample.Trained("runs/z", torch.device("cpu")).model.state_dict()
-        assert torch.equal(weights[name], states[-1]["ema"]["module." + name])
+        assert torch.equal(weights[name], states[-1]["ema"][name])
+
+
+def test_the_average_of_a_long_run_has_the_presets_decay():
+    slow, fast = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        slow.weight.fill_(1)
+        fast.weight.fill_(0)
+    train.average(slow, fast, 100_000, 0.999)
+    assert slow.weight.item() == pytest.approx(0.999) and fast.weight.item() == 0
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -65,7 +73,7 @@ def test_every_parameter_has_one_optimizer_at_its_learning_rate(name, call, late
             (type(self).__name__, group["lr"]) for group in self.param_groups), step(self))[1])  # fmt: skip
     assert call(train, *latents, "--optimizer", name)[0] == 0
     used = {"adamw": {"AdamW": 1}, "muon": {"AdamW": 1, "Muon": 2.5}}[name]
-    peaks = [0.006 * (step + 1) / 100 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    peaks = [0.006 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]  # warm after a tenth of a run
     assert rates == [(kind, pytest.approx(scale * peak)) for peak in peaks for kind, scale in used.items()]
     model = PRESETS["toy"].model(Layout(PRESETS["toy"].modalities))
     groups = {k: o.param_groups for k, o in train.make_optimizers(name, model).items()}
@@ -105,6 +113,10 @@ def test_learning_rate_is_app_b(monkeypatch):
     rates = [train.learning_rate(args, step) for step in (0, 2499, 4999, 200_000, 399_999)]
     assert rates[0] == pytest.approx(1e-7) and rates[1] == pytest.approx(2.5e-4, rel=1e-3)
     assert rates[2] == pytest.approx(5e-4, rel=1e-3) and rates[3] == pytest.approx(2.5e-4) and rates[4] < 1e-12
+    args.steps = 1000  # a short run is warm after a tenth of it
+    rates = [train.learning_rate(args, step) for step in (0, 49, 99, 500)]
+    warm = [0.5 * (1 + math.cos(math.pi * step / 1000)) for step in (0, 49, 99, 500)]
+    assert rates == pytest.approx([5e-4 * share * x for share, x in zip((0.01, 0.5, 1, 1), warm)])
 
 
 def test_bf16_gradients_are_those_of_fp32():
@@ -189,6 +201,18 @@ def test_every_task_writes_picture_and_sound(toy_run, tmp_path):
         assert (folder / "sheet.png").stat().st_size > 1000
 
 
+def test_fewer_samples_leave_none_of_a_former_run(call, toy_run, tmp_path):
+    folder = tmp_path / "samples/joint"
+    folder.mkdir(parents=True)
+    for name in ("00.mp4", "07.mp4", "07.wav", "100.wav", "sheet.png"):
+        (folder / name).write_text("old")
+    (folder / "my 07.mp4").write_text("mine")
+    assert call(sample, "--ckpt", toy_run, "--task", "joint", "--n", 1, "--steps", 1)[0] == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["00.mp4", "00.wav", "my 07.mp4", "samples.npz", "sheet.png"]
+    assert all((folder / name).stat().st_size > 100 for name in ("00.mp4", "sheet.png"))
+
+
 def test_the_tracks_show_what_is_given(tmp_path):
     given = np.array([True] * 4 + [False] * 12)
     bar = sample.track(given, 64)
@@ -241,6 +265,36 @@ def test_a_long_clip_is_windows_that_share_five_frames(call, toy_run, tmp_path, 
     held, _ = data.toy_clips(2, 1, frames=44)
     assert np.array_equal(out["video_true"], held["video"].numpy())  # the toy world goes on
     assert torch.equal(held["audio"][:, :17000], data.toy_clips(2, 1)[0]["audio"])
+
+
+def test_each_window_takes_its_own_part_of_the_input(call, toy_run, tmp_path, monkeypatch):
+    """--task a2v --seconds 5.5 with a clip: its whole sound is given, and comes back as its tokenizer has it."""
+    clip, shown, draw = make_clip(tmp_path / "long.mp4", seconds=6.3), [], sample.sample
+    monkeypatch.setattr(sample, "sample", lambda trained, args, z0, given, *more: (
+        shown.append(given), draw(trained, args, z0, given, *more))[1])  # fmt: skip
+    sounds, decode = [], data.SpectrumTokenizer.decode
+    monkeypatch.setattr(data.SpectrumTokenizer, "decode", lambda self, z: (sounds.append(z), decode(self, z))[1])
+    arguments = ("--ckpt", toy_run, "--n", 1, "--steps", 2, "--input", clip)
+    wide = data.decode_clip(clip, data.TOY)[1]
+    wide += 0.3 * torch.sin(torch.arange(len(wide)) ** 2 / 4e4)  # a rising tone, so that its parts can be told
+    monkeypatch.setattr(data, "decode_clip", lambda path, media: (torch.zeros(50, 32, 32, 3).byte(), wide))
+    assert call(sample, *arguments, "--task", "a2v", "--seconds", 5.5)[0] == 0
+    out = np.load(tmp_path / "samples/a2v/samples.npz")
+    assert out["given_audio"].all() and len(out["given_audio"]) == 44000
+    assert out["given_video"].tolist() == [False] * 44
+    trained = sample.Trained(toy_run, torch.device("cpu"))
+    layout, tokenizers = trained.layout, trained.tokenizers
+    assert [layout.split(mask)["audio"].sum().item() for mask in shown] == [17, 17, 17, 8]  # 5.5 s end in window 4
+    assert [layout.split(mask)["video"].tolist() for mask in shown] == [[False] * 5] + [[True] * 2 + [False] * 3] * 3
+
+    lasting = torch.cat([wide[:44000], torch.zeros(9000)])
+    z = [tokenizers["audio"].encode(lasting[None, k * 12000 : k * 12000 + 17000]) for k in range(4)]
+    given = torch.cat([z[0], *(x[:, 5:] for x in z[1:])], 1)[:, :44]
+    assert torch.equal(sounds[0][:, :44], given) and (given[:, :5] - given[:, 12:17]).abs().max() > 0.1
+    status, _, err = call(sample, *arguments, "--task", "continue", "--seconds", 20)  # only its beginning is needed
+    assert status == 0, err
+    status, _, err = call(sample, *arguments, "--task", "v2a", "--seconds", 20)
+    assert status == 2 and "6.25 s of picture and sound, 20.00 s are needed" in err
 
 
 # --- Other data -----------------------------------------------------------------------
