@@ -9,6 +9,9 @@ import pytest
 import torch
 from test_data import latents_file
 
+import data
+import train
+
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # small tensors; and the toy run below has the other core
 
@@ -35,6 +38,15 @@ def latents(tmp_path):
     """Arguments of a four-step run on a small file of latents."""
     latents_file(tmp_path / "z.npz")
     return ("--data", "z.npz", "--out", "runs/z", "--steps", 4, "--batch", 4, "--save-every", 2, "--dtype", "fp32")
+
+
+@pytest.fixture
+def tiny_run(call, monkeypatch, tmp_path):
+    """Folder of a model of the toy world that knows nothing, for tests of what sample.py does around it."""
+    toy_clips = data.toy_clips
+    monkeypatch.setattr(data, "toy_clips", lambda n, *more: toy_clips(min(n, 32), *more))
+    assert call(train, "--steps", 1, "--batch", 2, "--out", "runs/tiny")[0] == 0
+    return tmp_path / "runs/tiny"
 
 
 @pytest.fixture(scope="session", autouse=True)

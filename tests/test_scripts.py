@@ -201,13 +201,13 @@ def test_every_task_writes_picture_and_sound(toy_run, tmp_path):
         assert (folder / "sheet.png").stat().st_size > 1000
 
 
-def test_fewer_samples_leave_none_of_a_former_run(call, toy_run, tmp_path):
+def test_fewer_samples_leave_none_of_a_former_run(call, tiny_run, tmp_path):
     folder = tmp_path / "samples/joint"
     folder.mkdir(parents=True)
     for name in ("00.mp4", "07.mp4", "07.wav", "100.wav", "sheet.png"):
         (folder / name).write_text("old")
     (folder / "my 07.mp4").write_text("mine")
-    assert call(sample, "--ckpt", toy_run, "--task", "joint", "--n", 1, "--steps", 1)[0] == 0
+    assert call(sample, "--ckpt", tiny_run, "--task", "joint", "--n", 1, "--steps", 1)[0] == 0
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["00.mp4", "00.wav", "my 07.mp4", "samples.npz", "sheet.png"]
     assert all((folder / name).stat().st_size > 100 for name in ("00.mp4", "sheet.png"))
@@ -267,14 +267,14 @@ def test_a_long_clip_is_windows_that_share_five_frames(call, toy_run, tmp_path, 
     assert torch.equal(held["audio"][:, :17000], data.toy_clips(2, 1)[0]["audio"])
 
 
-def test_each_window_takes_its_own_part_of_the_input(call, toy_run, tmp_path, monkeypatch):
+def test_each_window_takes_its_own_part_of_the_input(call, tiny_run, tmp_path, monkeypatch):
     """--task a2v --seconds 5.5 with a clip: its whole sound is given, and comes back as its tokenizer has it."""
     clip, shown, draw = make_clip(tmp_path / "long.mp4", seconds=6.3), [], sample.sample
     monkeypatch.setattr(sample, "sample", lambda trained, args, z0, given, *more: (
         shown.append(given), draw(trained, args, z0, given, *more))[1])  # fmt: skip
     sounds, decode = [], data.SpectrumTokenizer.decode
     monkeypatch.setattr(data.SpectrumTokenizer, "decode", lambda self, z: (sounds.append(z), decode(self, z))[1])
-    arguments = ("--ckpt", toy_run, "--n", 1, "--steps", 2, "--input", clip)
+    arguments = ("--ckpt", tiny_run, "--n", 1, "--steps", 2, "--input", clip)
     wide = data.decode_clip(clip, data.TOY)[1]
     wide += 0.3 * torch.sin(torch.arange(len(wide)) ** 2 / 4e4)  # a rising tone, so that its parts can be told
     monkeypatch.setattr(data, "decode_clip", lambda path, media: (torch.zeros(50, 32, 32, 3).byte(), wide))
@@ -282,7 +282,7 @@ def test_each_window_takes_its_own_part_of_the_input(call, toy_run, tmp_path, mo
     out = np.load(tmp_path / "samples/a2v/samples.npz")
     assert out["given_audio"].all() and len(out["given_audio"]) == 44000
     assert out["given_video"].tolist() == [False] * 44
-    trained = sample.Trained(toy_run, torch.device("cpu"))
+    trained = sample.Trained(tiny_run, torch.device("cpu"))
     layout, tokenizers = trained.layout, trained.tokenizers
     assert [layout.split(mask)["audio"].sum().item() for mask in shown] == [17, 17, 17, 8]  # 5.5 s end in window 4
     assert [layout.split(mask)["video"].tolist() for mask in shown] == [[False] * 5] + [[True] * 2 + [False] * 3] * 3
