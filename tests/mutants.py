@@ -137,10 +137,9 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("sample", "                path.unlink()\n", "                pass\n"),
     ("sample", "path.stem.isdecimal() or", "True or"),
     # folders of clips
-    ("data", '"-protocol_whitelist", "fd", ', ""),
+    ("data", '"-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:"', '"-i", f"file:{Path(path).absolute()}"'),
     ("data", 'r"^  Stream', 'r"Stream'),
     ("data", "min(iw\\\\,ih/sar):min(ih\\\\,iw*sar)", "min(iw\\\\,ih):min(ih\\\\,iw)"),
-    ("data", ":start_time=0", ""),
     ("data", "first_pts=0", "osf=flt"),
     ("data", "phase = 1 if left @ right >= 0 else -1", "phase = 1"),
     ("data", "audio.abs().max() < 1e-4", "False"),

@@ -95,7 +95,8 @@ def test_muon_is_torchs_in_float32(shape, monkeypatch):
         train.Muon([ours]),
         torch.optim.Muon([group], weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
     ]
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())  # to torch 2.14
+    monkeypatch.setattr(torch, "bfloat16", torch.float64)  # from 2.15
     for step in range(5):
         gradient = torch.randn(shape, generator=g, dtype=torch.float64)
         for p, optimizer in zip((ours, theirs), optimizers):
