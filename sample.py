@@ -64,6 +64,7 @@ class Trained:
         edges = self.layout.modalities[0].edges
         self.span = edges[-1]  # seconds of a window
         self.step = edges[-1] - edges[:3][-1]  # seconds from a window to the next, which starts with its last 5 frames
+        self.shared = task_mask("continue", self.layout)  # (S,) what the two have in common
 
     def clips(self, path, count, seconds):
         """The clips that conditions are cut from: the one at `path`, or held-out ones, `seconds` long."""
@@ -94,8 +95,7 @@ class Trained:
     def masks(self, given, windows, seconds):
         """What each window is given, a list of (S,): the first what the task gives, each other what the window before
         shares with it, and of its own part of the clip, `seconds` long, what the task gives there."""
-        shared = task_mask("continue", self.layout)
-        later = [shared | (given & self.layout.within(0, seconds - k * self.step)) for k in range(1, windows)]
+        later = [self.shared | (given & self.layout.within(0, seconds - k * self.step)) for k in range(1, windows)]
         return [given, *later]
 
     def per_frame(self, given):
@@ -159,16 +159,15 @@ def make(trained, args, z0, given, label):
     z = sample(trained, args, z0[0], given[0], generator, label)
     if len(z0) == 1:
         return tokenizers.decode(z)
-    shared = task_mask("continue", layout)
-    frames = int(trained.per_frame(shared)["video"].sum())
-    shift = {name: int(mask.sum()) for name, mask in layout.split(shared).items()}
+    frames = int(trained.per_frame(trained.shared)["video"].sum())
+    shift = {name: int(mask.sum()) for name, mask in layout.split(trained.shared).items()}
     latents = layout.unpack(z)
     video, audio = [tokenizers["video"].decode(latents["video"])], [latents["audio"]]
     for k in range(1, len(z0)):
         latents = {name: x.roll(shift[name], 1) for name, x in latents.items()}
         still = video[-1][:, -frames, None].expand(-1, FRAMES, -1, -1, -1)
         latents["video"][:, 0] = tokenizers["video"].encode(still)[:, 0]
-        z = torch.where(layout.per_element(shared), layout.pack(latents), z0[k])
+        z = torch.where(layout.per_element(trained.shared), layout.pack(latents), z0[k])
         z = sample(trained, args, z, given[k], generator, f"{label}, window {k + 1} of {len(z0)}")
         latents = layout.unpack(z)
         video.append(tokenizers["video"].decode(latents["video"])[:, frames:])
@@ -298,7 +297,7 @@ def package(trained, made, true, given, order):
     out = {name: x.numpy() for name, x in made.items()}
     if trained.decodes:
         masks = [trained.per_frame(mask) for mask in given]
-        shared = trained.per_frame(task_mask("continue", trained.layout))
+        shared = trained.per_frame(trained.shared)
         for name in masks[0]:
             later = [mask[name][int(shared[name].sum()) :] for mask in masks[1:]]
             out[f"given_{name}"] = torch.cat([masks[0][name], *later])[: out[name].shape[1]].numpy()
@@ -315,12 +314,11 @@ def run(args):
     trained = Trained(args.ckpt, open_device(args.device))
     tasks = check(args, trained)
     windows, seconds = trained.windows(args.seconds), args.seconds or trained.span
-    shared = task_mask("continue", trained.layout)
     clips, z_clips = {}, [torch.zeros(1, trained.layout.E)] * windows  # where nothing is given: only the shape
     if any(given.any() for given in tasks.values()):
         # Where the windows after the first are given nothing of the clip, it need not last longer than the first.
         goes_on = trained.data == "toy" and not args.input
-        lasts = goes_on or any((given & ~shared).any() for given in tasks.values())
+        lasts = goes_on or any((given & ~trained.shared).any() for given in tasks.values())
         clips = trained.clips(args.input, args.n, seconds if lasts else trained.span)
         z_clips = [trained.tokenizers.encode(trained.window(clips, k)) for k in range(windows)]
     order = torch.arange(args.n) % len(z_clips[0])
