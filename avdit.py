@@ -250,12 +250,12 @@ class Block(nn.Module):
 
 
 class AVDiT(nn.Module):
-    """The joint noise prediction network [Sec. 4]; `prediction` "eps" regresses the noise [Eq. 6], "v" a eps - s z0, as
-    W.A.L.T does. ValueError unless dim is even and divisible by heads."""
+    """The joint noise prediction network [Sec. 4]; `prediction` is what it regresses, one of PREDICTIONS. ValueError if
+    it is none, and unless dim is even and divisible by heads."""
 
     def __init__(self, layout, dim, depth, heads, prediction="eps"):
         super().__init__()
-        check_choice("prediction", prediction, ("eps", "v"))
+        check_choice("prediction", prediction, PREDICTIONS)
         if dim % heads or dim % 2:
             raise ValueError(f"dim {dim} must be even and divisible by heads {heads}")
         self.layout, self.dim, self.prediction = layout, dim, prediction
@@ -302,13 +302,21 @@ class AVDiT(nn.Module):
         return torch.cat([self.project_out[name](x_m).flatten(1) for name, x_m in zip(self.layout.names, x)], 1)
 
 
+# What a network may regress: the noise [Eq. 6]; v = a eps - s z0, as W.A.L.T does; or the clean latents. Any of them and
+# z_t = a z0 + s eps give the others.
+PREDICTIONS = ("eps", "v", "z0")
+
+
 def predict(model, schedule, layout, z, t, z0_prev=None):
     """Call the model and turn its prediction into estimates of (z0, eps), (B, E) each. At t = 0, z0 is z itself."""
-    out = model(z, t, z0_prev)
+    out, prediction = model(z, t, z0_prev), getattr(model, "prediction", "eps")
     a, s = schedule.scales(layout, t)
-    if getattr(model, "prediction", "eps") == "v":
+    if prediction == "eps":
+        return (z - s * out) / a, out
+    if prediction == "v":
         return a * z - s * out, s * z + a * out
-    return (z - s * out) / a, out
+    z0_hat = torch.where(s > 0, out, z)
+    return z0_hat, (z - a * z0_hat) / s.clamp(min=1e-3)  # where s > 0 it is at least 0.01
 
 
 # --- Training [Sec. 3.1, Alg. 2] ------------------------------------------------------------------------------------
@@ -338,8 +346,10 @@ def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditi
     if self_conditioning:
         with torch.no_grad():
             z0_prev, _ = predict(model, schedule, layout, z_t, t)  # where t = 0, z_t itself
-    target = a * eps - s * z0 if getattr(model, "prediction", "eps") == "v" else eps
-    errors = layout.per_segment((model(z_t, t, z0_prev) - target).square())
+    prediction = getattr(model, "prediction", "eps")
+    target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[prediction]
+    unit = s.clamp(min=0.1) if prediction == "z0" else 1  # an error e in z0 is one of e / s in v, and counts as that
+    errors = layout.per_segment(((model(z_t, t, z0_prev) - target) / unit).square())
     weight = loss_weights(schedule, layout, t) if weight is None else weight
     return (weight * errors).sum(), errors.detach()
 
@@ -545,6 +555,11 @@ PRESETS = {
     "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 64), dim=128, depth=4, heads=4, prediction="v",
                   batch=64, steps=1900, optimizer="muon", lr=6e-3, warmup=100, ema=0.995, noise_power=1,
                   sampler="dpmpp_2m", sampling_steps=20),
+    # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels: an hour on two CPU cores, minutes on a GPU. Tokens
+    # of 192 channels are too much noise to return for a network of this width, hence z0.
+    "clips": Preset(av_modalities(8, (4, 4), 192, 0.125, 96), dim=256, depth=8, heads=4, prediction="z0",
+                    batch=16, steps=4000, optimizer="muon", lr=4e-3, warmup=100, ema=0.998, noise_power=1,
+                    sampler="dpmpp_2m", sampling_steps=20),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
     "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps",
                     batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000, ema=0.9999, noise_power=0,

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from avdit import PRESETS, NoiseSchedule, loss_weights, parse_mixture, training_loss
+from avdit import PREDICTIONS, PRESETS, NoiseSchedule, loss_weights, parse_mixture, training_loss
 from data import Media, Tokenizers, default_media, describe, draw, draw_noise, training_clips
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -67,11 +67,12 @@ def number(kind, least, most):
 
 
 def make_parser():
-    choice = Parser(add_help=False)  # these two decide the defaults of others
+    choice = Parser(add_help=False)  # the data decide the default of the preset, both the defaults of others
     choice.add_argument("--data", default="toy", help="toy, a folder of clips, or a .npz of latents (%(default)s)")
-    choice.add_argument("--preset", default="toy", choices=PRESETS, help="network and training settings (%(default)s)")
-    chosen, _ = choice.parse_known_args()
-    preset, media = PRESETS[chosen.preset], default_media(chosen.data)
+    data = choice.parse_known_args()[0].data
+    default = "toy" if data == "toy" else "clips"
+    choice.add_argument("--preset", default=default, choices=PRESETS, help="network, training settings (%(default)s)")
+    preset, media = PRESETS[choice.parse_known_args()[0].preset], default_media(data)
     count = number(int, 1, 10**9)
     parser = Parser(description=__doc__.split("`")[0], parents=[choice])
     add = parser.add_argument
@@ -80,7 +81,7 @@ def make_parser():
     add("--batch", type=number(int, 1, 2**16), default=preset.batch, help="examples a step, all in all (%(default)s)")
     add("--lr", type=number(float, 1e-12, 10), default=preset.lr, help="peak learning rate (%(default)s)")
     add("--optimizer", default=preset.optimizer, choices=("adamw", "muon"), help="muon: for matrices (%(default)s)")
-    add("--prediction", default=preset.prediction, choices=("eps", "v"), help="what it regresses (%(default)s)")
+    add("--prediction", default=preset.prediction, choices=PREDICTIONS, help="what it regresses (%(default)s)")
     add("--fps", type=number(int, 1, 240), default=media.fps, help="frames a second of a folder's clips (%(default)s)")
     add("--size", type=number(int, 16, 1024), default=media.size, help="their height and width (%(default)s)")
     add("--sample-rate", type=number(int, 1000, 192000), default=media.sample_rate, help="of their sound (%(default)s)")

@@ -10,7 +10,18 @@ import pytest
 import torch
 
 import avdit
-from avdit import MONL, STRATEGIES, AVDiT, Layout, Modality, NoiseSchedule, predict, sample_timesteps, task_mask
+from avdit import (
+    MONL,
+    PREDICTIONS,
+    STRATEGIES,
+    AVDiT,
+    Layout,
+    Modality,
+    NoiseSchedule,
+    predict,
+    sample_timesteps,
+    task_mask,
+)
 
 TOY = Layout(avdit.PRESETS["toy"].modalities)
 # Three modalities of different lengths, widths and grids; the third has segments that straddle the reference's.
@@ -153,27 +164,28 @@ def ptm_timesteps(layout, batch, T=1000):
     return t
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", None])
+@pytest.mark.parametrize("prediction", [*PREDICTIONS, None])
 def test_noise_is_eq_5_and_estimates_invert_the_target(prediction):
     """Every segment at its own level. A model without .prediction predicts eps."""
     truth, schedule, t = torch.tensor(alpha_bar()), NoiseSchedule(), ptm_timesteps(THREE, 3, 700)
     z0, eps = (latents(THREE, 3, seed, torch.float64) for seed in (1, 2))
     a, s = schedule.scales(THREE, t)
     z = a * z0 + s * eps
-    target = torch.zeros_like(z)
+    v = torch.zeros_like(z)
     for b in range(3):
         for e in range(THREE.E):
             ab = truth[t[b, THREE.segment[e]]]
             want = math.sqrt(ab) * z0[b, e] + math.sqrt(1 - ab) * eps[b, e]
             assert abs(z[b, e] - want) < 1e-6
-            target[b, e] = math.sqrt(ab) * eps[b, e] - math.sqrt(1 - ab) * z0[b, e] if prediction == "v" else eps[b, e]
-    model = lambda *_: target
+            v[b, e] = math.sqrt(ab) * eps[b, e] - math.sqrt(1 - ab) * z0[b, e]
+    clean = (t == 0)[:, THREE.segment]
+    model = lambda *_: {"v": v, "z0": z0 + 9 * clean}.get(prediction, eps)  # z0 of what is given need not be right
     if prediction:
         model.prediction = prediction
     z0_hat, eps_hat = predict(model, schedule, THREE, z, t)
     torch.testing.assert_close(z0_hat, z0, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(eps_hat, eps, atol=1e-4, rtol=1e-4)
-    clean = (t == 0)[:, THREE.segment]
+    known = clean if prediction == "z0" else torch.zeros_like(clean)  # where there is no noise, z0 tells nothing of it
+    torch.testing.assert_close(eps_hat, torch.where(known, 0, eps), atol=1e-4, rtol=1e-4)
     assert clean.any() and torch.equal(z[clean], z0[clean])  # t = 0 is no noise at all,
     assert torch.equal(z0_hat[clean], z[clean])  # and there is nothing to estimate
 

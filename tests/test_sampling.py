@@ -9,6 +9,7 @@ import torch
 from test_method import AUDIO, THREE, TOUCH, TOY, VIDEO, alpha_bar, latents, ptm_timesteps, randomized
 
 from avdit import (
+    PREDICTIONS,
     SAMPLERS,
     AVDiT,
     Layout,
@@ -80,7 +81,7 @@ def slow_step(sampler, z, eps, ab, ab2, last, noise):
 # --- Training loss ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("conditioning", "power"), [(False, 0), (True, 0), (True, 1)])
 def test_loss_is_eq_6(prediction, conditioning, power):
     spy, ab, t = Spy(THREE, prediction), alpha_bar(), ptm_timesteps(THREE, 3)
@@ -93,17 +94,20 @@ def test_loss_is_eq_6(prediction, conditioning, power):
     level = torch.tensor(ab)[t[:, THREE.segment]]
     a, s = level.sqrt(), (1 - level).sqrt()
     z, prev = a * z0 + s * eps, None  # Eq. 5
-    target = a * eps - s * z0 if prediction == "v" else eps
+    target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[prediction]
     assert len(spy.calls) == 1 + conditioning
     for z_seen, t_seen, _ in spy.calls:
         torch.testing.assert_close(z_seen, z, atol=1e-6, rtol=1e-6)
         assert torch.equal(t_seen, t)
     if conditioning:  # the first pass sees no estimate, the second the first's, and the clean value where it is given
         assert spy.calls[0][2] is None
-        z0_hat = a * z - s * spy.out(z, t) if prediction == "v" else (z - s * spy.out(z, t)) / a
+        out = spy.out(z, t)
+        z0_hat = {"eps": (z - s * out) / a, "v": a * z - s * out, "z0": out}[prediction]
         prev = torch.where((t == 0)[:, THREE.segment], z0, z0_hat)
         torch.testing.assert_close(spy.calls[1][2], prev, atol=1e-4, rtol=1e-4)
     squares, total, count, counts = (spy.out(z, t, prev) - target) ** 2, 0.0, 0.0, torch.zeros(3, THREE.S)
+    if prediction == "z0":  # the error of v that it makes, with the least noise taken for 0.1
+        squares = squares / s.clamp(min=0.1) ** 2
     for b in range(3):
         for n in range(THREE.S):
             square = squares[b, THREE.segment == n]
@@ -179,7 +183,15 @@ def test_noise_is_drawn_where_the_generator_lives():
 
 @pytest.mark.parametrize(
     ("sampler", "steps", "prediction"),
-    [("ddpm", 100, "eps"), ("ddim", 7, "eps"), ("ddim", 7, "v"), ("dpmpp_2m", 7, "eps"), ("ddim_eta", 7, "eps")],
+    [
+        ("ddpm", 100, "eps"),
+        ("ddim", 7, "eps"),
+        ("ddim", 7, "v"),
+        ("ddim", 7, "z0"),
+        ("dpmpp_2m", 7, "eps"),
+        ("dpmpp_2m", 7, "z0"),
+        ("ddim_eta", 7, "eps"),
+    ],
 )
 @pytest.mark.parametrize(("layout", "task"), [(TOY, "joint"), (TOY, "a2v"), (TOY, "continue"), (THREE, "each its own")])
 def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction, monkeypatch):
@@ -202,6 +214,8 @@ def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction
         eps = spy.out(z, t, prev)
         if prediction == "v":
             eps = math.sqrt(1 - ab) * z + math.sqrt(ab) * eps
+        if prediction == "z0":
+            eps = (z - math.sqrt(ab) * eps) / math.sqrt(1 - ab)
         # self-conditioning: the estimate, and the clean value where it is given
         prev = torch.where(held, z0, (z - math.sqrt(1 - ab) * eps) / math.sqrt(ab))
         z, last = slow_step(sampler, z, eps, ab, SHORT_AB[tau2], last, noise), (ab, prev)
