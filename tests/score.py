@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import talking
+
 import sample
 from avdit import task_mask
 from data import FRAMES, PIXELS, THIRDS, TOY, mirror, toy_clips
@@ -154,25 +156,34 @@ def score(trained, task, clips, true, given, real, learned):
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
+def toy_scores(trained):
+    """-> score() as a function of (task, clips, true, given)."""
+    real, learned = (trained.tokenizers.encode(toy_clips(*which)[0]) for which in ((1024, 2), (4096, 0)))
+    return lambda *what: score(trained, *what, real, learned)
+
+
 def table(args, trained, tasks):
     """Print a row a task, or of every window of clips that are continued; the first is real clips, encoded and decoded."""
-    windows = trained.windows(args.seconds)
+    windows, toy = trained.windows(args.seconds), trained.data == "toy"
     seconds = trained.span + (windows - 1) * trained.step
     clips = trained.clips(None, args.n, seconds)
     z = [trained.tokenizers.encode(trained.window(clips, k)) for k in range(windows)]
-    real, learned = (trained.tokenizers.encode(toy_clips(*which)[0]) for which in ((1024, 2), (4096, 0)))
+    measure = toy_scores(trained) if toy else talking.Scores(trained, nearest)
+    names, nothing = SCORES if toy else talking.SCORES, task_mask("joint", trained.layout)
 
     def row(name, task, made, true, given):
-        s = score(trained, task, made, true, given, real, learned)
-        if task == "a2v":  # once more, 16 samples of every sound, to see how they spread
+        s = measure(task, made, true, given)
+        if toy and task == "a2v":  # once more, 16 samples of every sound, to see how they spread
             again = sample.make(trained, args, [z[0][torch.arange(args.n) // 16]], [given], task)
             s["spread"] = spread(again["video"], 16)
-        cells = (f"{float(s[k]):14.3f}" if k in s else f"{'-':>14}" for k in SCORES)
+        cells = (f"{float(s[k]):14.3f}" if k in s else f"{'-':>14}" for k in names)
         print(f"{name:12}" + "".join(cells), flush=True)
 
-    print(f"{args.n} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
-    print(" " * 12 + "".join(f"{k:>14}" for k in SCORES))
-    row("tokenizer", "", trained.tokenizers.decode(z[0]), trained.window(clips), task_mask("joint", trained.layout))
+    print(f"{len(z[0])} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
+    print(" " * 12 + "".join(f"{k:>14}" for k in names))
+    if not toy:
+        row("real", "", trained.window(clips), trained.window(clips), nothing)
+    row("tokenizer", "", trained.tokenizers.decode(z[0]), trained.window(clips), nothing)
     for task, given in tasks.items():
         masks = trained.masks(given, windows, seconds)
         made = sample.make(trained, args, z, masks, task)
@@ -188,10 +199,13 @@ def main():
     with parser.guarding("use a smaller --n"):
         trained = sample.Trained(args.ckpt, open_device(args.device))
         tasks = sample.check(args, trained)
-        if trained.data != "toy" or args.n % 16 or args.n > 1024:
-            parser.error("scores are for the toy world, and --n must be a multiple of 16 up to 1024")
-        if args.seconds and args.task != "continue":
-            parser.error("--seconds is scored with --task continue, where there is one right answer")
+        toy = trained.data == "toy"
+        if not trained.decodes:
+            parser.error("scores are for the toy world and for folders of clips, not for files of latents")
+        if toy and (args.n % 16 or args.n > 1024):
+            parser.error("--n must be a multiple of 16 up to 1024")
+        if args.seconds and (not toy or args.task != "continue"):
+            parser.error("--seconds is scored with --task continue of the toy world, where there is one right answer")
         table(args, trained, tasks)
     return 0
 
