@@ -138,7 +138,7 @@ def test_scripts_refuse_damaged_clips(call, tmp_path):
     seed = clip(folder / "0.mp4")
     for name in ODD_NAMES:
         shutil.copy(seed, folder / name)
-    settings = ("--data", folder, *FLAGS, "--steps", 2, "--batch", 2, "--out", tmp_path / "run")
+    settings = ("--data", folder, "--preset", "toy", *FLAGS, "--steps", 2, "--batch", 2, "--out", tmp_path / "run")
     assert call(train, *settings)[0] == 0
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -212,7 +212,7 @@ def test_damaged_latents_are_refused_in_one_line(call, tmp_path):
     for k, (content, must_fail) in enumerate(contents):
         path.write_bytes(content)
         out = tmp_path / f"out{k}"
-        status, _, err = call(train, "--data", path, "--steps", 1, "--batch", 2, "--out", out)
+        status, _, err = call(train, "--data", path, "--preset", "toy", "--steps", 1, "--batch", 2, "--out", out)
         assert status == 2 or (status == 0 and not must_fail), (k, err)
         if status:
             assert len(err.splitlines()) == 1 and "x.npz" in err, (k, err)
@@ -225,7 +225,7 @@ def test_damaged_latents_are_refused_in_one_line(call, tmp_path):
 def test_damaged_checkpoints_are_refused_in_one_line(call, tmp_path):
     """Flipped bits are noticed by the file's checksums, whatever they hit."""
     latents_file(tmp_path / "z.npz")
-    flags = ("--data", "z.npz", "--out", "o", "--steps", 1, "--batch", 2)
+    flags = ("--data", "z.npz", "--preset", "toy", "--out", "o", "--steps", 1, "--batch", 2)
     assert call(train, *flags)[0] == 0
     path, rng = tmp_path / "o/ckpt.pt", random.Random(3)
     variants, good, refused = damaged(path.read_bytes(), rng), torch.load(path, weights_only=True), 0

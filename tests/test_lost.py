@@ -28,7 +28,7 @@ train.Log.EVERY, draw = 4, train.draw
 train.draw = lambda seed, step, *more: (print("step", step, flush=True), draw(seed, step, *more))[1]
 sys.exit(train.main())
 """
-FLAGS = ("--data", "z.npz", "--out", "o", "--batch", 2, "--dtype", "fp32")
+FLAGS = ("--data", "z.npz", "--preset", "toy", "--out", "o", "--batch", 2, "--dtype", "fp32")
 
 
 def start(folder, *flags, program=PROGRAM):

@@ -39,7 +39,7 @@ def run(folder, *flags, processes=1):
     latents_file(folder / "z.npz")
     (folder / "program.py").write_text(PROGRAM)
     many = ("-m", "torch.distributed.run", "--nproc_per_node", processes) if processes > 1 else ()
-    flags = ("--data", "z.npz", "--out", "o", "--steps", 20, "--batch", 8, "--dtype", "fp32", *flags)
+    flags = ("--data", "z.npz", "--preset", "toy", "--out", "o", "--steps", 20, "--batch", 8, "--dtype", "fp32", *flags)
     command = [sys.executable, *map(str, (*many, "program.py", *flags))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)

@@ -120,6 +120,24 @@ def test_learning_rate_is_app_b(monkeypatch):
     assert rates == pytest.approx([5e-4 * share * x for share, x in zip((0.01, 0.5, 1, 1), warm)])
 
 
+def test_the_data_choose_the_preset(monkeypatch):
+    """And the preset everything that is not said."""
+    for arguments, preset in (
+        ((), "toy"),
+        (("--data", "folder"), "clips"),
+        (("--data", "folder", "--preset", "toy"), "toy"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1", *arguments])
+        args, want = train.make_parser().parse_args(), PRESETS[preset]
+        assert (args.preset, args.batch, args.steps, args.prediction) == (
+            preset,
+            want.batch,
+            want.steps,
+            want.prediction,
+        )
+        assert args.lr == 1 and args.size == (64 if arguments else 32)
+
+
 def test_bf16_gradients_are_those_of_fp32():
     """The pass without gradient must not leave casts of the weights behind that cut the gradient of the next."""
     layout, schedule, grads = Layout(PRESETS["toy"].modalities), NoiseSchedule(), []
