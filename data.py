@@ -36,7 +36,7 @@ class Media(NamedTuple):
 
 TOY, FOLDER = Media(8, 32, 8000), Media(8, 64, 16000)
 HOPS = 8  # spectrum frames of one sound segment, which lasts as long as a frame of video
-PATCH = 16  # pixels
+PATCH = 32  # pixels: a token, of a folder's clips
 
 
 def is_latents(data):
@@ -63,8 +63,9 @@ def describe(data, media):
         raise ValueError(f"--sample-rate {media.sample_rate} must be a multiple of {HOPS} x --fps = {per_hop}, and at "
                          f"least 8 of it: use {nearest}")  # fmt: skip
     side = media.size // PATCH
-    # Real clips need more components than the ball to be recognised: 192 and 96 channels.
-    return Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
+    # Real clips need more components than the ball to be recognised. Few wide tokens cost a fraction of many small ones,
+    # and show as much.
+    return Layout(av_modalities(media.fps, (side, side), 384, 1 / media.fps, 96))
 
 
 # --- The toy world: a ball you can hear. Pitch is height, timbre is colour. -------------------------------------------

@@ -83,7 +83,7 @@ def make_parser():
     add("--optimizer", default=preset.optimizer, choices=("adamw", "muon"), help="muon: for matrices (%(default)s)")
     add("--prediction", default=preset.prediction, choices=PREDICTIONS, help="what it regresses (%(default)s)")
     add("--fps", type=number(int, 1, 240), default=media.fps, help="frames a second of a folder's clips (%(default)s)")
-    add("--size", type=number(int, 16, 1024), default=media.size, help="their height and width (%(default)s)")
+    add("--size", type=number(int, 32, 1024), default=media.size, help="their height and width (%(default)s)")
     add("--sample-rate", type=number(int, 1000, 192000), default=media.sample_rate, help="of their sound (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 where the chip has it")

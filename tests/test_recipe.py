@@ -41,7 +41,7 @@ def test_readmes_recipe(call, tmp_path):
     exec(RECIPE, names)  # noqa: S102
     names["encode"]("clips")
     latents = np.load("latents.npz")
-    assert latents["video"].shape == (12, 5, 4, 4, 192) and latents["audio"].shape == (12, 106, 64)
+    assert latents["video"].shape == (12, 5, 2, 2, 384) and latents["audio"].shape == (12, 106, 64)
     assert latents["video_edges"].tolist() == [0, 1 / 8, 5 / 8, 9 / 8, 13 / 8, 17 / 8]
     assert latents["audio_edges"] == pytest.approx(np.arange(107) / 50)
 

@@ -383,7 +383,7 @@ MISTAKES = (
     (train, "--data none.npz", "none.npz"),
     (train, "--data .", "no usable clip"),
     (train, "--size 64", "for a folder"),
-    (train, "--data . --size 72", "multiple of 16"),
+    (train, "--data . --size 72", "multiple of 32"),
     (train, "--data . --fps 240 --sample-rate 8000", "use 15360"),
     (train, "--data . --fps 24 --sample-rate 22050", "use 22080"),
     (train, "--compile --device xla", "for other devices"),
