@@ -1,6 +1,7 @@
 """tests/talking.py: readers of real clips against closed forms, and a made-up face that says what it hears."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import score
@@ -8,6 +9,7 @@ import talking
 import torch
 from test_data import make_clip
 
+import data
 import train
 from data import Media
 
@@ -59,13 +61,14 @@ def test_ridge_is_least_squares_with_more_rows():
 
 
 def speakers(n, seed):
-    """Clips in which two parts of the mouth open with a low and a high tone, in a picture that also shakes."""
+    """Clips in which two parts of the mouth open with a low and a high tone, in a picture that also flickers. All begin
+    silent and closed, and get louder."""
     g = torch.Generator().manual_seed(seed)
-    opening = torch.rand(n, 2, 17, generator=g)
+    opening = (0.3 + 0.7 * torch.rand(n, 2, 17, generator=g)) * torch.linspace(0, 1, 17)
     time, at = torch.arange(34000) / 16000, (torch.arange(34000) / 2000).long()
     tones = torch.stack([torch.sin(2 * math.pi * hz * time) for hz in (400, 2500)])
     sound = (0.3 * opening[..., at] * tones).sum(1) + 0.003 * torch.randn(n, 34000, generator=g)
-    video = 60 + 20 * torch.rand(n, 17, 1, 1, 3, generator=g) + torch.zeros(n, 17, 64, 64, 3)
+    video = 60 + 20 * torch.rand(n, 17, 1, 1, 3, generator=g) + 2 * torch.randn(n, 17, 64, 64, 3, generator=g)
     for k, rows in enumerate((slice(44, 52), slice(52, 60))):
         video[:, :, rows, 24:42] += 100 * opening[:, k, :, None, None, None]
     return {"video": video.byte(), "audio": sound}
@@ -73,17 +76,41 @@ def speakers(n, seed):
 
 def test_lip_sync_knows_who_says_what():
     sync, clips, frames = talking.LipSync(speakers(60, 0), MEDIA), speakers(20, 1), torch.ones(17, dtype=torch.bool)
-    assert sync(clips["video"], clips["audio"], frames) > 0.9
+    assert sync(clips["video"], clips["audio"], frames) > 0.8
     assert abs(sync(clips["video"], clips["audio"].roll(1, 0), frames)) < 0.15
     still = clips["video"][:, :1].expand(-1, 17, -1, -1, -1)  # as good as no mouth at all
     assert abs(sync(still, clips["audio"], frames)) < 0.15
     late = sync(clips["video"].roll(2, 1), clips["audio"], frames)
     assert late < 0.5
-    some = frames.clone()
-    some[:5] = False
-    wrong = clips["video"].clone()
-    wrong[:, :5] = wrong[:, :5].flip(0)
-    assert sync(wrong, clips["audio"], some) > 0.85  # only these frames count, but for the clip's mean
+    some, wrong = frames.clone(), clips["video"].clone()
+    some[:5], wrong[:10, :5] = False, 255  # only these frames count, also for a clip's mean
+    assert sync(wrong, clips["audio"], some) > 0.75
+
+
+def test_scores_of_real_clips_and_of_mixed_ones(monkeypatch):
+    """Real clips score what the words mean; and other clips' sounds, pictures and noise show."""
+    learned, clips = speakers(60, 0), speakers(20, 1)
+    monkeypatch.setattr(talking, "training_clips", lambda *_: (learned, []))
+    layout = data.describe(".", MEDIA)
+    encode = lambda clips: clips["audio"][:, :5]
+    trained = SimpleNamespace(data="clips", layout=layout, media=MEDIA, tokenizers=SimpleNamespace(encode=encode),
+                              per_frame=lambda given: {"video": given[:17], "audio": given[17:]})  # fmt: skip
+    scores, nothing = talking.Scores(trained, lambda z, others: z.sum(1)), torch.zeros(34017, dtype=torch.bool)
+    real = scores("", clips, clips, nothing)
+    assert real["sync"] > 0.8 and abs(real["sync_other"]) < 0.1
+    assert real["identity"] == 100 and real["sound"] == 0 and abs(real["noise"] - 1) < 0.3
+    assert real["nearest"] == pytest.approx(encode(clips).sum(1).mean().item())
+    grain = clips["video"].float()
+    grain[:, 0] += 30 * torch.randn(grain[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    made, sound = {"video": grain.clamp(0, 255).byte(), "audio": clips["audio"].flip(0)}, nothing.clone()
+    sound[17:] = True
+    joint, a2v = scores("joint", made, clips, nothing), scores("a2v", made, clips, sound)
+    assert joint["noise_first"] > 5 * real["noise_first"] and joint["noise"] < 0.5 * joint["noise_first"]
+    assert abs(joint["sync"]) < 0.2 and "identity" not in joint and "sound" not in joint and "sound" not in a2v
+    given = nothing.clone()
+    given[:5] = True
+    later = scores("continue", made, clips, given)  # the noisy frame is given
+    assert "noise_first" not in later and abs(later["noise"] - real["noise"]) < 0.1 and later["sound"] > 3
 
 
 def test_table_of_a_folder(call, tmp_path):
