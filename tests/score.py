@@ -179,7 +179,8 @@ def table(args, trained, tasks):
         cells = (f"{float(s[k]):14.3f}" if k in s else f"{'-':>14}" for k in names)
         print(f"{name:12}" + "".join(cells), flush=True)
 
-    print(f"{len(z[0])} samples a task; Frechet distances of latents to 1024 other clips, not FVD or FAD")
+    frechet_is = "; Frechet distances of latents to 1024 other clips, not FVD or FAD" if toy else ""
+    print(f"{len(z[0])} samples a task{frechet_is}")
     print(" " * 12 + "".join(f"{k:>14}" for k in names))
     if not toy:
         row("real", "", trained.window(clips), trained.window(clips), nothing)
