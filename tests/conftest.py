@@ -37,22 +37,8 @@ def call(monkeypatch, capsys, tmp_path):
 def latents(tmp_path):
     """Arguments of a four-step run on a small file of latents."""
     latents_file(tmp_path / "z.npz")
-    return (
-        "--data",
-        "z.npz",
-        "--preset",
-        "toy",
-        "--out",
-        "runs/z",
-        "--steps",
-        4,
-        "--batch",
-        4,
-        "--save-every",
-        2,
-        "--dtype",
-        "fp32",
-    )
+    data = ("--data", "z.npz", "--preset", "toy", "--out", "runs/z")
+    return (*data, "--steps", 4, "--batch", 4, "--save-every", 2, "--dtype", "fp32")
 
 
 @pytest.fixture
