@@ -65,7 +65,7 @@ def describe(data, media):
     side = media.size // PATCH
     # Real clips need more components than the ball to be recognised. Few wide tokens cost a fraction of many small ones,
     # and show as much.
-    return Layout(av_modalities(media.fps, (side, side), 384, 1 / media.fps, 96))
+    return Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
 
 
 # --- The toy world: a ball you can hear. Pitch is height, timbre is colour. -------------------------------------------
@@ -153,14 +153,17 @@ class Components(nn.Module):
 class PatchTokenizer(nn.Module):
     """uint8 video (n, 1 + 4 k, H, W, 3) <-> z (n, 1 + k, h, w, d): components of 1-frame, then of 4-frame patches.
 
-    A segment sees its own frames alone, so the paper's causal structure (no frame knows a later one) holds.
+    Of a scene that stays, pose and light would fill the later segments too, and a mouth's movement would be one part in
+    a hundred of them. So what a linear regression on the first frame expects is taken off: what moves is left. The
+    paper's causal structure (no frame knows a later one) holds. Where everything moves, `stays` is False.
     """
 
-    def __init__(self, modality, size):
+    def __init__(self, modality, size, stays=True):
         super().__init__()
-        self.patch = size // modality.grid[0]
+        self.patch, self.stays = size // modality.grid[0], stays
         self.first = Components(self.patch**2 * 3, modality.channels)
         self.later = Components(4 * self.patch**2 * 3, modality.channels)
+        self.register_buffer("expect", torch.zeros(self.later.into.mT.shape))  # (d, D)
 
     def patches(self, video, frames):  # (n, frames k, H, W, 3) -> (n, k, h, w, D)
         pattern = "n (k f) (h p) (w q) c -> n k h w (f p q c)"
@@ -172,14 +175,22 @@ class PatchTokenizer(nn.Module):
 
     def fit(self, video):
         self.first.fit(rows(lambda part: self.patches(part[:, ::4], 1), video))  # any frame may serve as a first one
-        self.later.fit(rows(lambda part: self.patches(part[:, 1:], 4), video))
+
+        def both(part):  # the first frame's latents beside each later patch
+            later, z = self.patches(part[:, 1:], 4), self.first.encode(self.patches(part[:, :1], 1))
+            return torch.cat([z.expand(*later.shape[:-1], -1), later], -1)
+
+        z, later = rows(both, video).split(self.expect.shape, -1)
+        if self.stays:
+            self.expect.copy_(torch.linalg.pinv(z, rtol=1e-2) @ (later - later.mean(0)))
+        self.later.fit(later - z @ self.expect)
 
     def encode(self, video):
-        first, later = self.patches(video[:, :1], 1), self.patches(video[:, 1:], 4)
-        return torch.cat([self.first.encode(first), self.later.encode(later)], 1)
+        z = self.first.encode(self.patches(video[:, :1], 1))
+        return torch.cat([z, self.later.encode(self.patches(video[:, 1:], 4) - z @ self.expect)], 1)
 
     def decode(self, z):
-        first, later = self.first.decode(z[:, :1]), self.later.decode(z[:, 1:])
+        first, later = self.first.decode(z[:, :1]), self.later.decode(z[:, 1:]) + z[:, :1] @ self.expect
         video = torch.cat([self.picture(first, 1), self.picture(later, 4)], 1)
         return (255 * video.clamp(0, 1)).round().byte()
 
@@ -270,7 +281,8 @@ class Tokenizers(nn.ModuleDict):
         parts = {m.name: Standardize(m) for m in layout.modalities}
         if not is_latents(data):
             video, audio = layout.modalities
-            parts = {"video": PatchTokenizer(video, media.size), "audio": SpectrumTokenizer(audio, media.sample_rate)}
+            parts = {"video": PatchTokenizer(video, media.size, stays=data != "toy")}
+            parts["audio"] = SpectrumTokenizer(audio, media.sample_rate)
         super().__init__(parts)
         self.layout = layout
 
@@ -286,19 +298,19 @@ class Tokenizers(nn.ModuleDict):
 
 
 def in_chunks(function, x, size=32):
-    """Apply a function to a few clips at a time, to bound memory."""
-    return torch.cat([function(part) for part in x.split(size)])
+    """Apply a function to a few clips at a time, to bound memory. x: (n, ...), or n clips that may overlap in memory."""
+    return torch.cat([function(torch.stack([*x[i : i + size]])) for i in range(0, len(x), size)])
 
 
 def rows(features, x, clips=1024, most=2**26):
     """features(x) as (rows, D) to fit components on: of `clips` clips at random, for folders are in order, all rows or
     a random share of them that holds about `most` numbers (256 MiB)."""
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(x), generator=generator)[:clips].sort().values
-    share = most / (len(chosen) * features(x[:1]).numel())
+    chosen = [x[i] for i in torch.randperm(len(x), generator=generator)[:clips].sort().values]
+    share = most / (len(chosen) * features(chosen[0][None]).numel())
 
     def some(part):
-        every = features(x[part]).flatten(0, -2)
+        every = features(part).flatten(0, -2)
         return every[torch.rand(len(every), generator=generator) < share]
 
     return in_chunks(some, chosen)
@@ -368,25 +380,25 @@ def decode_clip(path, media):
     return torch.from_numpy(frames), ((left + phase * right) / 2).clamp(-1, 1)
 
 
-def clip_windows(path, layout, media, seconds=None):
-    """Decode a clip and cut it into windows of the model's length, or as long as one likes, end to end -> clips.
+def clip_windows(path, layout, media, seconds=None, every=None):
+    """Decode a clip and cut it into windows of the model's length, or as long as one likes -> clips, as lists of views.
 
-    ValueError if it is too short, or silent all through.
+    They start `every` so many frames, or end to end. ValueError if it is too short, or silent all through.
     """
     video, audio = decode_clip(path, media)
     need, sound = (m.edges[-1] for m in layout.modalities)  # seconds
     need, sound = seconds or need, seconds or sound
     frames, samples = round(need * media.fps), round(sound * media.sample_rate)
-    starts = [round(k * frames / media.fps * media.sample_rate) for k in range(len(video) // frames)]
-    starts = [start for start in starts if start + samples <= len(audio)]
+    starts = [(k, round(k / media.fps * media.sample_rate)) for k in range(0, len(video) - frames + 1, every or frames)]
+    starts = [(frame, sample) for frame, sample in starts if sample + samples <= len(audio)]
     if not starts:
         have = min(len(video) / media.fps, len(audio) / media.sample_rate)
         raise ValueError(f"{have:.2f} s of picture and sound, {need:.2f} s are needed")
     if audio.abs().max() < 1e-4:
         raise ValueError("its sound is silent all through")
     return {
-        "video": video[: len(starts) * frames].unflatten(0, (-1, frames)).clone(),  # frees what is left over
-        "audio": torch.stack([audio[start : start + samples] for start in starts]),
+        "video": [video[frame : frame + frames] for frame, _ in starts],
+        "audio": [audio[sample : sample + samples] for _, sample in starts],
     }
 
 
@@ -416,8 +428,14 @@ def set_aside(names):
     return held if 0 < len(held) < len(rank) else [min(names, key=rank.get)]
 
 
+def chained(parts):
+    """Dicts of lists -> the dict of the lists one after the other."""
+    return {name: [x for part in parts for x in part[name]] for name in parts[0]}
+
+
 def training_clips(data, layout, media):
-    """-> clips to train on, names of the held-out files. Toy: 4096 clips, seed 0; a .npz: nine tenths of its clips."""
+    """-> clips to train on, names of the held-out files. Toy: 4096 clips, seed 0; a .npz: nine tenths of its clips; a
+    folder: windows that begin at every frame, as lists of views."""
     if data == "toy":
         return toy_clips(4096, 0)[0], []
     if is_latents(data):
@@ -425,11 +443,11 @@ def training_clips(data, layout, media):
         return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, []
     paths = sorted(path for path in Path(data).iterdir() if path.is_file() and not path.name.startswith("."))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # of threads that wait for an ffmpeg each
-        parts = dict(usable(paths, lambda path: clip_windows(path, layout, media), pool.map))
+        parts = dict(usable(paths, lambda path: clip_windows(path, layout, media, every=1), pool.map))
     if not parts:
         raise ValueError(f"no usable clip among the {len(paths)} files of {data}")
     held = set_aside(parts)
-    return joined([parts[name] for name in parts if name not in held or len(parts) == 1]), held
+    return chained([parts[name] for name in parts if name not in held or len(parts) == 1]), held
 
 
 def held_clips(data, held, layout, media, count, seconds):
@@ -448,7 +466,7 @@ def held_clips(data, held, layout, media, count, seconds):
         raise ValueError(
             f"none of the {len(held)} files of {data} that were set aside can be used: --input names another"
         )
-    return {name: x[:count] for name, x in joined(parts).items()}
+    return {name: torch.stack(x[:count]) for name, x in chained(parts).items()}
 
 
 def read_latents(path):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from avdit import PRESETS, SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, generate, generate_baseline, task_mask
-from data import FRAMES, Media, Tokenizers, clip_windows, held_clips, is_latents
+from data import Media, Tokenizers, clip_windows, held_clips, is_latents
 from train import DEVICES, Parser, end_step, number, open_device, opened
 
 METHODS = ("monl", "replacement", "reconstruction")
@@ -71,7 +71,7 @@ class Trained:
         if not path:
             return held_clips(self.data, self.held, self.layout, self.media, count, seconds)
         try:
-            return {name: x[:1] for name, x in clip_windows(path, self.layout, self.media, seconds).items()}
+            return {name: x[0][None] for name, x in clip_windows(path, self.layout, self.media, seconds).items()}
         except ValueError as why:
             raise ValueError(f"--input {path}: {why}") from None
 
@@ -150,9 +150,9 @@ def sample(trained, args, z0, given, generator, label):
 def make(trained, args, z0, given, label):
     """Sample and decode -> clips. z0 and given: lists of what each window holds, (n, E), and is given, (S,).
 
-    Each window after the first also has the last 5 frames of the one before, and their sound. Sound segments are all
-    alike and move over as they are, so sound is decoded once and no seam is heard. So does the last video segment; but
-    the frame before it came from a segment of four, and becomes a segment of its own.
+    Each window after the first also has the last 5 frames of the one before, and their sound. The frames are encoded
+    anew, as the beginning of a window. Sound segments are all alike and move over as they are, so sound is decoded once
+    and no seam is heard.
     """
     layout, tokenizers = trained.layout, trained.tokenizers
     generator = torch.Generator().manual_seed(args.seed)
@@ -165,8 +165,7 @@ def make(trained, args, z0, given, label):
     video, audio = [tokenizers["video"].decode(latents["video"])], [latents["audio"]]
     for k in range(1, len(z0)):
         latents = {name: x.roll(shift[name], 1) for name, x in latents.items()}
-        still = video[-1][:, -frames, None].expand(-1, FRAMES, -1, -1, -1)
-        latents["video"][:, 0] = tokenizers["video"].encode(still)[:, 0]
+        latents["video"][:, : shift["video"]] = tokenizers["video"].encode(video[-1][:, -frames:])
         z = torch.where(layout.per_element(trained.shared), layout.pack(latents), z0[k])
         z = sample(trained, args, z, given[k], generator, f"{label}, window {k + 1} of {len(z0)}")
         latents = layout.unpack(z)

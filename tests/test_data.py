@@ -102,6 +102,35 @@ def test_a_full_basis_loses_nothing():
     assert error <= 1  # fewer patches than dimensions: the basis spans them all, the other channels stay zero
 
 
+def test_of_a_scene_that_stays_only_what_moves_is_in_the_later_segments():
+    """Every clip has its own picture; a spot in it flickers a little."""
+    g = torch.Generator().manual_seed(0)
+    basis = torch.rand(6, 1, 1, 16, 16, 3, generator=g)  # of pictures, of 6 dimensions
+    video = 20 + 30 * torch.einsum("nk,kfwhxc->nfhxc", torch.rand(400, 6, generator=g), basis)
+    video = video.expand(-1, 9, -1, -1, -1).clone()
+    flicker = 10 * torch.randn(400, 9, generator=g)
+    video[:, :, 3:5, 3:5] += flicker[..., None, None, None]
+    video = video.round().byte()
+    modality = av_modalities(8, (1, 1), 24, 0.125, 8, frames=9)[0]
+    explained = {}
+    for stays in (True, False):
+        tokenizer = data.PatchTokenizer(modality, 16, stays)
+        tokenizer.fit(video)
+        later = tokenizer.encode(video)[:, 1:].flatten(2).flatten(0, 1)
+        moves = flicker[:, 1:].reshape(400 * 2, 4) - flicker[:, :1].expand(-1, 2).reshape(-1, 1) * 0
+        x = torch.cat([moves, torch.ones(800, 1)], 1)
+        left = later - x @ torch.linalg.lstsq(x, later).solution
+        explained[stays] = 1 - (left.square().sum() / (later - later.mean(0)).square().sum()).item()
+        error = (tokenizer.decode(tokenizer.encode(video)).float() - video.float()).abs()
+        assert error.mean() < 1
+        other = video.clone()
+        other[:, 0] = 255 - other[:, 0]
+        changed = (tokenizer.encode(other)[:, 1:] - tokenizer.encode(video)[:, 1:]).abs().max()
+        assert (changed > 0.1) == stays  # causal either way: a later frame changes no earlier segment
+    print(explained)
+    assert explained[True] > 2 * explained[False]
+
+
 def test_the_order_of_clips_does_not_matter():
     """Colour after 1024 grey clips is still colour; a channel that moves only late in a file is not blown up."""
     colours = torch.zeros(2048, 5, 16, 16, 3, dtype=torch.uint8)

@@ -41,7 +41,7 @@ def test_readmes_recipe(call, tmp_path):
     exec(RECIPE, names)  # noqa: S102
     names["encode"]("clips")
     latents = np.load("latents.npz")
-    assert latents["video"].shape == (12, 5, 2, 2, 384) and latents["audio"].shape == (12, 106, 64)
+    assert latents["video"].shape == (12, 5, 2, 2, 192) and latents["audio"].shape == (12, 106, 64)
     assert latents["video_edges"].tolist() == [0, 1 / 8, 5 / 8, 9 / 8, 13 / 8, 17 / 8]
     assert latents["audio_edges"] == pytest.approx(np.arange(107) / 50)
 
@@ -59,7 +59,8 @@ def test_readmes_recipe(call, tmp_path):
     video, sound = names["decode"]("samples/a2v/samples.npz")  # held-out clips 0 and 10 with their own sound
     assert video.shape == (2, 17, 64, 64, 3) and video.dtype == np.uint8 and sound.shape == (2, 33920)
     layout, paths = names["layout"], sorted((tmp_path / "clips").iterdir())
-    clips = data.joined([data.clip_windows(paths[i], layout, data.FOLDER) for i in (0, 10)])
+    clips = data.chained([data.clip_windows(paths[i], layout, data.FOLDER) for i in (0, 10)])
+    clips = {name: torch.stack(x) for name, x in clips.items()}
     assert (sound_distance(torch.from_numpy(sound), clips["audio"], data.FOLDER) < 4).all()  # dB
     mixed = sound_distance(torch.from_numpy(sound), clips["audio"].flip(0), data.FOLDER)
     assert (mixed > 8).all()

@@ -89,7 +89,7 @@ def test_lip_sync_knows_who_says_what():
 
 def test_scores_of_real_clips_and_of_mixed_ones(monkeypatch):
     """Real clips score what the words mean; and other clips' sounds, pictures and noise show."""
-    learned, clips = speakers(60, 0), speakers(20, 1)
+    learned, clips = speakers(480, 0), speakers(20, 1)  # of which it takes every eighth
     monkeypatch.setattr(talking, "training_clips", lambda *_: (learned, []))
     layout = data.describe(".", MEDIA)
     encode = lambda clips: clips["audio"][:, :5]
