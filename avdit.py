@@ -272,9 +272,8 @@ class AVDiT(nn.Module):
         self.space = nn.ParameterDict({m.name: nn.Parameter(0.5 * torch.randn(m.P, dim)) for m in modalities})
         self.embed = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        # Queries start as the keys of tokens some ms away, another way in every head, for what is heard now is seen now.
-        # From random ones it takes thousands of steps to find that of 17 sounds one moved the mouth, and a training clip
-        # is sooner known by heart. A rotation moves a sinusoid in time.
+        # Queries start as the keys of tokens some ms away, in every head another way, for what is heard now is seen now:
+        # from random ones it takes longer to find which sound moved a mouth. A rotation moves a sinusoid in time.
         away = 500 * (torch.arange(heads) + 0.5) / heads - 250  # -250..250 ms
         cos, sin = sinusoid(away, dim)[:, None].chunk(2, -1)  # (heads, 1, d / 2)
         for block in self.blocks:
@@ -357,7 +356,9 @@ def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditi
             z0_prev, _ = predict(model, schedule, layout, z_t, t)  # where t = 0, z_t itself
     prediction = getattr(model, "prediction", "eps")
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[prediction]
-    unit = s.clamp(min=0.4) if prediction == "z0" else 1  # an error e in z0 is one of e / s in v, and counts as that
+    # An error e in z0 is one of e / s in v, and counts as that; but where there is hardly noise, all of the loss would be
+    # the faintest details of z_t: it is close to Min-SNR's with gamma = 5 [Hang et al. 2023].
+    unit = s.clamp(min=0.4) if prediction == "z0" else 1
     errors = layout.per_segment(((model(z_t, t, z0_prev) - target) / unit).square())
     weight = loss_weights(schedule, layout, t) if weight is None else weight
     return (weight * errors).sum(), errors.detach()
@@ -569,12 +570,12 @@ PRESETS = {
     # of this width returns, hence z0. That a mouth moves with the sound is learned where the picture is noise and the
     # sound is not, hence more of that.
     "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0",
-                    mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=3500, optimizer="muon", lr=6e-3,
+                    mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=8000, optimizer="muon", lr=6e-3,
                     warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=20),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
     "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps",
-                    mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000, ema=0.9999, noise_power=0,
-                    sampler="ddim", sampling_steps=250),
+                    mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000, ema=0.9999,
+                    noise_power=0, sampler="ddim", sampling_steps=250),
 }  # fmt: skip
 
 

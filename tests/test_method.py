@@ -391,6 +391,21 @@ def test_a_fresh_network():
     assert abs(torch.cat([x.flatten() for x in model.space.values()]).std() - 0.5) < 0.08
 
 
+def test_heads_start_by_looking_a_little_away():
+    """On positions in time alone, and on the average of many random weights: to either side of a token, in order."""
+    model = AVDiT(THREE, 32, 200, 2)
+    now, times = sinusoid(torch.tensor([1000.0]), 32), torch.arange(500, 1501, 5)
+    seen = [0, 0]
+    for block in model.blocks:
+        query, key, value = block.qkv.weight.view(3, 2, 16, 32)
+        assert not torch.equal(key, value)
+        for head in range(2):
+            seen[head] = seen[head] + (now @ query[head].T) @ (sinusoid(times, 32) @ key[head].T).T
+    assert [times[x.argmax()].item() for x in seen] == pytest.approx([1000 - 125, 1000 + 125], abs=10)
+    alike = sinusoid(times - 1000 + 125, 32) @ sinusoid(torch.zeros(1), 32).T  # what a rotated key is on the average
+    torch.testing.assert_close(seen[0][0] / seen[0].max(), alike[:, 0] / alike.max(), atol=0.1, rtol=0)
+
+
 def test_a_segment_reaches_others_through_attention_alone():
     z, t = latents(THREE, 1), ptm_timesteps(THREE, 2)[:1]
     for attention in (True, False):

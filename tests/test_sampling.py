@@ -106,8 +106,8 @@ def test_loss_is_eq_6(prediction, conditioning, power):
         prev = torch.where((t == 0)[:, THREE.segment], z0, z0_hat)
         torch.testing.assert_close(spy.calls[1][2], prev, atol=1e-4, rtol=1e-4)
     squares, total, count, counts = (spy.out(z, t, prev) - target) ** 2, 0.0, 0.0, torch.zeros(3, THREE.S)
-    if prediction == "z0":  # the error of v that it makes, with the least noise taken for 0.1
-        squares = squares / s.clamp(min=0.1) ** 2
+    if prediction == "z0":  # the error of v that it makes, with the least noise taken for 0.4
+        squares = squares / s.clamp(min=0.4) ** 2
     for b in range(3):
         for n in range(THREE.S):
             square = squares[b, THREE.segment == n]
