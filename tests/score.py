@@ -184,6 +184,9 @@ def table(args, trained, tasks):
     print(" " * 12 + "".join(f"{k:>14}" for k in names))
     if not toy:
         row("real", "", trained.window(clips), trained.window(clips), nothing)
+        still = {name: x.clone() for name, x in trained.window(clips).items()}  # the last given frame, held
+        still["video"][:, 5:] = still["video"][:, 4:5]
+        row("still", "continue", still, trained.window(clips), task_mask("continue", trained.layout))
     row("tokenizer", "", trained.tokenizers.decode(z[0]), trained.window(clips), nothing)
     for task, given in tasks.items():
         masks = trained.masks(given, windows, seconds)

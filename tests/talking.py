@@ -96,11 +96,14 @@ class LipSync:
         return x - x.mean(1, keepdim=True)
 
     def __call__(self, video, sound, frames):
-        """Correlation over all clips and the given frames, bool (F,); mean of the two directions."""
+        """Correlation over all clips and the given frames, bool (F,), mean of the two directions; and that with the
+        sounds of other clips, mean of eight."""
         expected = (self.heard(sound) / self.scale - self.common[0]) @ self.weight
         moved = (self.seen(video) - self.common[1]) @ self.into
-        expected, moved = ((x[:, frames] - x[:, frames].mean(1, keepdim=True)).flatten(0, 1) for x in (expected, moved))
-        return F.cosine_similarity(expected, moved, dim=0).mean()
+        expected, moved = (x[:, frames] - x[:, frames].mean(1, keepdim=True) for x in (expected, moved))
+        expected, moved = (x / x.square().sum((0, 1)).sqrt().clamp(min=1e-6) for x in (expected, moved))
+        own, *others = ((expected.roll(k, 0) * moved).sum((0, 1)).mean() for k in range(9))
+        return own, sum(others) / len(others)
 
 
 class Scores:
@@ -124,9 +127,7 @@ class Scores:
         seen_given, heard_given = self.trained.per_frame(given).values()
         makes_video, makes_audio = not seen_given.all(), not heard_given.all()
         frames = ~seen_given if makes_video else torch.ones_like(seen_given)
-        s = {"sync": self.sync(clips["video"], clips["audio"], frames)}
-        others = [self.sync(clips["video"], clips["audio"].roll(k, 0), frames) for k in range(1, 9)]
-        s["sync_other"] = sum(others) / len(others)
+        s = dict(zip(("sync", "sync_other"), self.sync(clips["video"], clips["audio"], frames)))
         if makes_video:
             ratio = noise(clips["video"]).mean(0) / self.real
             s["noise"] = ratio[frames].mean()

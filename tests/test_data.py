@@ -88,6 +88,10 @@ def test_video_latents_are_causal_and_patches_keep_their_place(toy, fitted):
     video[:, 9:] = 255 - video[:, 9:]  # frames 9.. belong to segments 3 and 4
     changed = (fitted["video"].encode(video) != z).flatten(2).any(-1)[0]
     assert changed.tolist() == [False, False, False, True, True]
+    video = toy[0]["video"][:2].clone()
+    video[:, 0] = 255 - video[:, 0]
+    changed = (fitted["video"].encode(video) != z).flatten(2).any(-1)[0]
+    assert changed.tolist() == [True, False, False, False, False]  # of the toy world nothing stays
     one = toy[0]["video"][:1].clone()
     one[:, 5:9, :16, 16:] = 128  # the upper right patch of segment 2
     where = (fitted["video"].encode(one) != fitted["video"].encode(toy[0]["video"][:1])).any(-1)[0]
@@ -117,6 +121,7 @@ def test_of_a_scene_that_stays_only_what_moves_is_in_the_later_segments():
         tokenizer = data.PatchTokenizer(modality, 16, stays)
         tokenizer.fit(video)
         later = tokenizer.encode(video)[:, 1:].flatten(2).flatten(0, 1)
+        assert (later.std(0) - 1).abs().max() < 1e-3 and later.mean(0).abs().max() < 1e-3
         x = torch.cat([flicker[:, 1:].reshape(800, 4), torch.ones(800, 1)], 1)
         left = later - x @ torch.linalg.lstsq(x, later).solution
         explained[stays] = 1 - (left.square().sum() / (later - later.mean(0)).square().sum()).item()
