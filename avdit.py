@@ -315,9 +315,23 @@ class AVDiT(nn.Module):
 PREDICTIONS = ("eps", "v", "z0")
 
 
+def ask(model, schedule, layout, z, t, z0_prev=None):
+    """Call the model -> its prediction (B, E), and which one it is.
+
+    One that regresses z0 is shown z_t by a factor that falls to 0 with the signal in it: at t = T what is given must
+    tell all, and noise would leak into the estimate. It is the root of the Wiener filter a^2 / (a^2 + s^2 / 20) of a
+    component of 20 times the mean variance, about the largest.
+    """
+    prediction = getattr(model, "prediction", "eps")
+    if prediction == "z0":
+        a, s = schedule.scales(layout, t)
+        z = z * a / (a**2 + s**2 / 20).sqrt()
+    return model(z, t, z0_prev), prediction
+
+
 def predict(model, schedule, layout, z, t, z0_prev=None):
-    """Call the model and turn its prediction into estimates of (z0, eps), (B, E) each. At t = 0, z0 is z itself."""
-    out, prediction = model(z, t, z0_prev), getattr(model, "prediction", "eps")
+    """Turn the model's prediction into estimates of (z0, eps), (B, E) each. At t = 0, z0 is z itself."""
+    out, prediction = ask(model, schedule, layout, z, t, z0_prev)
     a, s = schedule.scales(layout, t)
     if prediction == "eps":
         return (z - s * out) / a, out
@@ -354,12 +368,12 @@ def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditi
     if self_conditioning:
         with torch.no_grad():
             z0_prev, _ = predict(model, schedule, layout, z_t, t)  # where t = 0, z_t itself
-    prediction = getattr(model, "prediction", "eps")
+    out, prediction = ask(model, schedule, layout, z_t, t, z0_prev)
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[prediction]
     # An error e in z0 is one of e / s in v, and counts as that; but where there is hardly noise, all of the loss would be
     # the faintest details of z_t: it is close to Min-SNR's with gamma = 5 [Hang et al. 2023].
     unit = s.clamp(min=0.4) if prediction == "z0" else 1
-    errors = layout.per_segment(((model(z_t, t, z0_prev) - target) / unit).square())
+    errors = layout.per_segment(((out - target) / unit).square())
     weight = loss_weights(schedule, layout, t) if weight is None else weight
     return (weight * errors).sum(), errors.detach()
 
@@ -570,7 +584,7 @@ PRESETS = {
     # of this width returns, hence z0. That a mouth moves with the sound is learned where the picture is noise and the
     # sound is not, hence more of that.
     "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0",
-                    mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=8000, optimizer="muon", lr=6e-3,
+                    mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=4500, optimizer="muon", lr=6e-3,
                     warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=20),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
     "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps",

@@ -94,18 +94,19 @@ def test_loss_is_eq_6(prediction, conditioning, power):
     level = torch.tensor(ab)[t[:, THREE.segment]]
     a, s = level.sqrt(), (1 - level).sqrt()
     z, prev = a * z0 + s * eps, None  # Eq. 5
+    shown = z * (level / (level + (1 - level) / 20)).sqrt() if prediction == "z0" else z  # Wiener's gain, its root
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[prediction]
     assert len(spy.calls) == 1 + conditioning
     for z_seen, t_seen, _ in spy.calls:
-        torch.testing.assert_close(z_seen, z, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(z_seen, shown, atol=1e-6, rtol=1e-6)
         assert torch.equal(t_seen, t)
     if conditioning:  # the first pass sees no estimate, the second the first's, and the clean value where it is given
         assert spy.calls[0][2] is None
-        out = spy.out(z, t)
+        out = spy.out(shown, t)
         z0_hat = {"eps": (z - s * out) / a, "v": a * z - s * out, "z0": out}[prediction]
         prev = torch.where((t == 0)[:, THREE.segment], z0, z0_hat)
         torch.testing.assert_close(spy.calls[1][2], prev, atol=1e-4, rtol=1e-4)
-    squares, total, count, counts = (spy.out(z, t, prev) - target) ** 2, 0.0, 0.0, torch.zeros(3, THREE.S)
+    squares, total, count, counts = (spy.out(shown, t, prev) - target) ** 2, 0.0, 0.0, torch.zeros(3, THREE.S)
     if prediction == "z0":  # the error of v that it makes, with the least noise taken for 0.4
         squares = squares / s.clamp(min=0.4) ** 2
     for b in range(3):
@@ -209,9 +210,10 @@ def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction
     for call, (tau, tau2) in zip(spy.calls, pairwise(taus)):
         z, t, ab = torch.where(held, z0, z), torch.where(given, 0, tau), SHORT_AB[tau]
         assert torch.equal(call[1], t)
-        for x, seen in ((z, call[0]), (prev, call[2])):
+        shown = torch.where(held, z, z * math.sqrt(ab / (ab + (1 - ab) / 20))) if prediction == "z0" else z
+        for x, seen in ((shown, call[0]), (prev, call[2])):
             torch.testing.assert_close(seen, x, atol=1e-4, rtol=1e-4)  # coefficients are float32
-        eps = spy.out(z, t, prev)
+        eps = spy.out(shown, t, prev)
         if prediction == "v":
             eps = math.sqrt(1 - ab) * z + math.sqrt(ab) * eps
         if prediction == "z0":
