@@ -90,13 +90,26 @@ def moving(samples, path, tasks=("a2v", "v2a", "continue", "joint")):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0)
 
 
+def faces(samples, path):
+    """The sheets of two tasks, one below the other."""
+    sheets = [Image.open(samples / task / "sheet.png") for task in ("a2v", "continue")]
+    page = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
+    page.paste(sheets[0], (0, 0))
+    page.paste(sheets[1], (0, sheets[0].height))
+    page.save(path, quality=85)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
     parser.add_argument("--samples", type=Path, default=Path("samples"), help="what sample.py wrote (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / ".github", help="folder of the pictures (%(default)s)")
+    parser.add_argument("--faces", type=Path, help="what sample.py wrote of a model of real clips, for face.jpg")
     args = parser.parse_args()
-    idea(args.out / "idea.png")
-    moving(args.samples, args.out / "clips.gif")
+    if args.faces:
+        faces(args.faces, args.out / "face.jpg")
+    else:
+        idea(args.out / "idea.png")
+        moving(args.samples, args.out / "clips.gif")
 
 
 if __name__ == "__main__":
