@@ -75,9 +75,7 @@ class LipSync:
         self.media = media
         heard, seen = self.heard(clips["audio"]), self.seen(clips["video"])
         self.scale = heard.std((0, 1)).clamp(min=1e-6)
-        heard = heard / self.scale
-        self.common = heard.mean(0), seen.mean(0)
-        x, y = ((part - mean).flatten(0, 1) for part, mean in zip((heard, seen), self.common))
+        x, y = ((part - part.mean(0)).flatten(0, 1) for part in (heard / self.scale, seen))
         basis = torch.svd_lowrank(y, 32, niter=4)[2][:, :16]
         weight = ridge(x, y @ basis, 0.03)
         best = torch.linalg.svd(x @ weight, full_matrices=False)[2][:2].T
@@ -98,8 +96,8 @@ class LipSync:
     def __call__(self, video, sound, frames):
         """Correlation over all clips and the given frames, bool (F,), mean of the two directions; and that with the
         sounds of other clips, mean of eight."""
-        expected = (self.heard(sound) / self.scale - self.common[0]) @ self.weight
-        moved = (self.seen(video) - self.common[1]) @ self.into
+        expected, moved = self.heard(sound) / self.scale @ self.weight, self.seen(video) @ self.into
+        expected, moved = (x - x.mean(0) for x in (expected, moved))
         expected, moved = (x[:, frames] - x[:, frames].mean(1, keepdim=True) for x in (expected, moved))
         expected, moved = (x / x.square().sum((0, 1)).sqrt().clamp(min=1e-6) for x in (expected, moved))
         own, *others = ((expected.roll(k, 0) * moved).sum((0, 1)).mean() for k in range(9))
