@@ -274,9 +274,8 @@ def test_a_long_clip_is_windows_that_share_five_frames(call, toy_run, tmp_path, 
     pictures = [video.decode(z["video"]) for z in made]
     for before, shown, (given, _) in zip(made, pictures, windows[1:]):
         assert torch.equal(given["audio"][:, :5], before["audio"][:, 12:])
-        assert torch.equal(given["video"][:, 1], before["video"][:, 4])
-        still = shown[:, 12:13].expand(-1, 17, -1, -1, -1)  # a frame of segment 3, alone in segment 0 now
-        assert torch.equal(given["video"][:, 0], video.encode(still)[:, 0])
+        again = torch.cat([shown[:, 12:], shown[:, :12]], 1)  # a frame of segment 3 is alone in segment 0 now
+        assert torch.equal(given["video"][:, :2], video.encode(again)[:, :2])
     joined = torch.cat([pictures[0], *(picture[:, 5:] for picture in pictures[1:])], 1)
     assert np.array_equal(out["video"], joined[:, :44].numpy())
     assert len(sounds) == 1  # decoded once
