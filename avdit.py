@@ -250,10 +250,10 @@ class Block(nn.Module):
 
 
 class AVDiT(nn.Module):
-    """The joint noise prediction network [Sec. 4]; `prediction` is what it regresses, one of PREDICTIONS. ValueError if
-    it is none, and unless dim is even and divisible by heads."""
+    """The joint noise prediction network [Sec. 4]; `prediction` is what it regresses, one of PREDICTIONS, and attention
+    starts within `reach` ms, 0: anywhere. ValueError if it is none, and unless dim is even and divisible by heads."""
 
-    def __init__(self, layout, dim, depth, heads, prediction="eps"):
+    def __init__(self, layout, dim, depth, heads, prediction="eps", reach=0):
         super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
         if dim % heads or dim % 2:
@@ -272,11 +272,11 @@ class AVDiT(nn.Module):
         self.space = nn.ParameterDict({m.name: nn.Parameter(0.5 * torch.randn(m.P, dim)) for m in modalities})
         self.embed = nn.Sequential(nn.Linear(2 * dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        # Queries start as the keys of tokens some ms away, in every head another way, for what is heard now is seen now:
-        # from random ones it takes longer to find which sound moved a mouth. A rotation moves a sinusoid in time.
-        away = 500 * (torch.arange(heads) + 0.5) / heads - 250  # -250..250 ms
+        # With reach, queries start as the keys of tokens up to so many ms away, in every head another way: from random
+        # ones it takes longer to find which sound moved a mouth. A rotation moves a sinusoid in time.
+        away = reach * (2 * (torch.arange(heads) + 0.5) / heads - 1)
         cos, sin = sinusoid(away, dim)[:, None].chunk(2, -1)  # (heads, 1, d / 2)
-        for block in self.blocks:
+        for block in self.blocks if reach else ():
             query, key, _ = block.qkv.weight.data.view(3, heads, dim // heads, dim)
             x, y = key.chunk(2, -1)
             query.copy_(2 * torch.cat([x * cos + y * sin, y * cos - x * sin], -1))
@@ -370,8 +370,8 @@ def training_loss(model, schedule, layout, z0, t, eps, weight=None, self_conditi
             z0_prev, _ = predict(model, schedule, layout, z_t, t)  # where t = 0, z_t itself
     out, prediction = ask(model, schedule, layout, z_t, t, z0_prev)
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[prediction]
-    # An error e in z0 is one of e / s in v, and counts as that; but where there is hardly noise, all of the loss would be
-    # the faintest details of z_t: it is close to Min-SNR's with gamma = 5 [Hang et al. 2023].
+    # An error e in z0 is one of e / s in v, and counts as that. But at low noise all of the loss would be z_t's faintest
+    # details, hence a bound; it is close to Min-SNR's with gamma = 5 [Hang et al. 2023].
     unit = s.clamp(min=0.4) if prediction == "z0" else 1
     errors = layout.per_segment(((out - target) / unit).square())
     weight = loss_weights(schedule, layout, t) if weight is None else weight
@@ -559,6 +559,7 @@ class Preset:
     depth: int
     heads: int
     prediction: str
+    reach: float  # see AVDiT
     mixture: str
     batch: int
     steps: int
@@ -572,24 +573,24 @@ class Preset:
 
     def model(self, layout, prediction=None):
         """The network at this preset's size, for its own modalities or for others."""
-        return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction)
+        return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction, self.reach)
 
 
 PRESETS = {
     # The toy world of data.py: four minutes on two CPU cores. Here eps leaves the two modalities unrelated, hence v.
     "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 64), dim=128, depth=4, heads=4, prediction="v",
-                  mixture="monl", batch=64, steps=1900, optimizer="muon", lr=6e-3, warmup=100, ema=0.995, noise_power=1,
-                  sampler="dpmpp_2m", sampling_steps=20),
-    # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels. A token has 192 channels: more noise than a network
-    # of this width returns, hence z0. That a mouth moves with the sound is learned where the picture is noise and the
-    # sound is not, hence more of that.
+                  reach=0, mixture="monl", batch=64, steps=1900, optimizer="muon", lr=6e-3, warmup=100, ema=0.995,
+                  noise_power=1, sampler="dpmpp_2m", sampling_steps=20),
+    # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels. A token has 192 channels: more noise than a
+    # network of this width returns, hence z0. That a mouth moves with the sound is learned where the picture is noise
+    # and the sound is not, hence more of that.
     "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0",
-                    mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=4500, optimizer="muon", lr=6e-3,
-                    warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=20),
+                    reach=250, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=4500, optimizer="muon",
+                    lr=6e-3, warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=20),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
     "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps",
-                    mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000, ema=0.9999,
-                    noise_power=0, sampler="ddim", sampling_steps=250),
+                    reach=0, mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000,
+                    ema=0.9999, noise_power=0, sampler="ddim", sampling_steps=250),
 }  # fmt: skip
 
 

@@ -394,7 +394,7 @@ def test_a_fresh_network():
 def test_heads_start_by_looking_a_little_away():
     """On positions in time alone, over many random weights of variance 1 / (3 d): 125 ms to either side of a token."""
     torch.manual_seed(0)
-    model, now, times = AVDiT(THREE, 32, 400, 2), torch.tensor([1000.0]), torch.arange(500, 1501, 5)
+    model, now, times = AVDiT(THREE, 32, 400, 2, reach=250), torch.tensor([1000.0]), torch.arange(500, 1501, 5)
     weights = torch.stack([block.qkv.weight.view(3, 2, 16, 32) for block in model.blocks]).detach()
     query, key, _ = weights.unbind(1)  # (blocks, heads, 16, 32)
     score = (avdit.sinusoid(now, 32) @ query.mT) @ (avdit.sinusoid(times, 32) @ key.mT).mT
@@ -467,6 +467,11 @@ def test_a_presets_model_takes_another_layout_and_prediction():
     model = toy.model(THREE, "eps")
     assert model.layout is THREE and model.prediction == "eps" and toy.model(THREE).prediction == "v"
     assert (model.dim, len(model.blocks), model.blocks[0].heads) == (toy.dim, toy.depth, toy.heads)
+    weights = []
+    for make in (avdit.PRESETS["clips"].model, lambda layout: AVDiT(layout, 256, 4, 4, "z0", reach=250)):
+        torch.manual_seed(0)
+        weights.append(make(THREE).state_dict())
+    assert all(torch.equal(x, weights[1][key]) for key, x in weights[0].items())
 
 
 @pytest.mark.parametrize(("frames", "use"), [(16, "13 or 17"), (3, "1 or 5"), (18, "17 or 21")])
