@@ -274,12 +274,13 @@ class AVDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         # With reach, queries start as the keys of tokens up to so many ms away, in every head another way: from random
         # ones it takes longer to find which sound moved a mouth. A rotation moves a sinusoid in time.
-        away = reach * (2 * (torch.arange(heads) + 0.5) / heads - 1)
-        cos, sin = sinusoid(away, dim)[:, None].chunk(2, -1)  # (heads, 1, d / 2)
-        for block in self.blocks if reach else ():
-            query, key, _ = block.qkv.weight.data.view(3, heads, dim // heads, dim)
-            x, y = key.chunk(2, -1)
-            query.copy_(2 * torch.cat([x * cos + y * sin, y * cos - x * sin], -1))
+        if reach:
+            away = reach * (2 * (torch.arange(heads) + 0.5) / heads - 1)
+            cos, sin = sinusoid(away, dim)[:, None].chunk(2, -1)  # (heads, 1, d / 2)
+            for block in self.blocks:
+                query, key, _ = block.qkv.weight.data.view(3, heads, dim // heads, dim)
+                x, y = key.chunk(2, -1)
+                query.copy_(2 * torch.cat([x * cos + y * sin, y * cos - x * sin], -1))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada = nn.Linear(dim, 2 * dim)
         self.register_buffer("z_max", torch.full((layout.E,), math.inf))  # bound of the self-conditioning estimate

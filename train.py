@@ -76,11 +76,7 @@ def make_parser():
     count = number(int, 1, 10**9)
     parser = Parser(description=__doc__.split("`")[0], parents=[choice])
     add = parser.add_argument
-    add(
-        "--mixture",
-        default=preset.mixture,
-        help="monl, vanilla, pm, pt, ptm, task:a2v ..., sums such as pt+pm+pm (%(default)s)",
-    )
+    add("--mixture", default=preset.mixture, help="monl, vanilla, pm, pt, ptm, task:a2v ..., sums: pt+pm (%(default)s)")
     add("--steps", type=count, default=preset.steps, help="optimizer steps (%(default)s)")
     add("--batch", type=number(int, 1, 2**16), default=preset.batch, help="examples a step, all in all (%(default)s)")
     add("--lr", type=number(float, 1e-12, 10), default=preset.lr, help="peak learning rate (%(default)s)")
@@ -338,7 +334,7 @@ class Log:
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
-FORMAT = 3  # a change that another version would misread adds one
+FORMAT = 4  # a change that another version would misread adds one
 
 
 @contextmanager
