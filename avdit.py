@@ -586,8 +586,8 @@ PRESETS = {
     # network of this width returns, hence z0. That a mouth moves with the sound is learned where the picture is noise
     # and the sound is not, hence more of that.
     "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0",
-                    reach=250, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=4500, optimizer="muon",
-                    lr=6e-3, warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=20),
+                    reach=250, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=10_000, optimizer="muon",
+                    lr=6e-3, warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=10),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
     "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps",
                     reach=0, mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000,
