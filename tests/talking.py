@@ -99,7 +99,7 @@ class LipSync:
         expected, moved = self.heard(sound) / self.scale @ self.weight, self.seen(video) @ self.into
         expected, moved = (x - x.mean(0) for x in (expected, moved))
         expected, moved = (x[:, frames] - x[:, frames].mean(1, keepdim=True) for x in (expected, moved))
-        expected, moved = (x / x.square().sum((0, 1)).sqrt().clamp(min=1e-6) for x in (expected, moved))
+        expected, moved = (x / x.square().sum((0, 1)).sqrt().clamp(min=1) for x in (expected, moved))  # grey levels
         own, *others = ((expected.roll(k, 0) * moved).sum((0, 1)).mean() for k in range(9))
         return own, sum(others) / len(others)
 
