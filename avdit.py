@@ -582,9 +582,9 @@ PRESETS = {
     "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 64), dim=128, depth=4, heads=4, prediction="v",
                   reach=0, mixture="monl", batch=64, steps=1900, optimizer="muon", lr=6e-3, warmup=100, ema=0.995,
                   noise_power=1, sampler="dpmpp_2m", sampling_steps=20),
-    # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels. A token has 192 channels: more noise than a
-    # network of this width returns, hence z0. That a mouth moves with the sound is learned where the picture is noise
-    # and the sound is not, hence more of that.
+    # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels. A token has 192 channels: of v, much that a
+    # network of this width returns would be noise, hence z0. That a mouth moves with the sound is learned where the
+    # picture is noise and the sound is not, hence more of that.
     "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0",
                     reach=250, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=10_000, optimizer="muon",
                     lr=6e-3, warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=10),

@@ -92,11 +92,8 @@ def moving(samples, path, tasks=("a2v", "v2a", "continue", "joint")):
 
 def faces(samples, path):
     """The sheets of two tasks, one below the other."""
-    sheets = [Image.open(samples / task / "sheet.png") for task in ("a2v", "continue")]
-    page = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
-    page.paste(sheets[0], (0, 0))
-    page.paste(sheets[1], (0, sheets[0].height))
-    page.save(path, quality=85)
+    sheets = [Image.open(samples / task / "sheet.png").convert("RGB") for task in ("a2v", "continue")]
+    Image.fromarray(np.concatenate([np.asarray(sheet) for sheet in sheets])).save(path, quality=85)
 
 
 def main():

@@ -79,7 +79,8 @@ def test_lip_sync_knows_who_says_what():
     own, others = sync(clips["video"], clips["audio"], frames)
     assert own > 0.8 and abs(others) < 0.1
     by_hand = [sync(clips["video"], clips["audio"].roll(k, 0), frames)[0] for k in range(1, 9)]
-    assert others.item() == pytest.approx(float(sum(by_hand)) / 8, abs=1e-5) and abs(by_hand[0]) < 0.15
+    assert others.item() == pytest.approx(float(sum(by_hand)) / 8, abs=1e-5)
+    assert max(map(abs, by_hand)) < 0.2 and abs(by_hand[0]) < 0.15
     still = clips["video"][:, :1].expand(-1, 17, -1, -1, -1)  # as good as no mouth at all
     assert abs(sync(still, clips["audio"], frames)[0]) < 1e-3
     late, _ = sync(clips["video"].roll(2, 1), clips["audio"], frames)
