@@ -1,10 +1,12 @@
 """The paper's Tables 1 and 7 on the toy world: train every model from every seed, score it, print the tables.
 
-Every figure goes to OUT/scores.csv as soon as it is known; run the command again and it goes on where it stopped.
+`--curve` instead: MoNL and the models of one task each, trained 1, 2, 4 and 8 times as long. Every figure goes to
+OUT/scores.csv as soon as it is known; run the command again and it goes on where it stopped.
 """
 
 import argparse
 import csv
+import math
 import os
 import statistics
 import subprocess
@@ -14,17 +16,16 @@ from pathlib import Path
 from threading import Lock
 
 import torch
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from score import SCORES
 
 import sample
-from avdit import TASKS, task_mask
+from avdit import PRESETS, TASKS, task_mask
 from train import open_device
 
-# The paper's optimizer, and DDIM, for all alike; the toy preset's own are faster.
-TRAINING, SAMPLING = ("--optimizer", "adamw", "--lr", 2e-3), ("--sampler", "ddim", "--steps", 12)
 # name -> arguments of train.py; Table 1's conditional model of joint generation is Vanilla
 MODELS = {
     **{task: ("--mixture", f"task:{task}") for task in TASKS if task != "joint"},
@@ -90,6 +91,10 @@ LESS = {
     for score in scores
 }
 
+# of the curve: times --steps -> models of each kind at most; scores of one task each
+TIMES = {1: 3, 2: 3, 4: 1, 8: 1}
+ONE_TASK = {k: v for k, v in EXACT.items() if k.split()[0] in ("a2v", "v2a", "inpaint", "continue")}
+
 LOCK = Lock()  # of scores.csv
 TABLE_1 = list(PAPER_1)
 TABLES = (
@@ -101,8 +106,8 @@ TABLES = (
 )
 
 
-def folder_name(name, seed=""):
-    return "".join(c if c.isalnum() else "-" for c in f"{name} {seed}".strip())
+def folder_name(*names):
+    return "".join(c if c.isalnum() else "-" for c in " ".join(map(str, names)))
 
 
 def run(script, *arguments, log):
@@ -118,55 +123,96 @@ def run(script, *arguments, log):
 
 
 def read(path):
-    """scores.csv -> {(way, seed): {(task, score): value}}"""
+    """scores.csv -> {(way, seed, steps): {(task, score): value}}"""
     found = {}
     if path.exists():
         for row in csv.DictReader(path.open()):
-            found.setdefault((row["way"], int(row["seed"])), {})[row["task"], row["score"]] = float(row["value"])
+            key = row["way"], int(row["seed"]), int(row["steps"])
+            found.setdefault(key, {})[row["task"], row["score"]] = float(row["value"])
     return found
 
 
-def job(model, seed, args, ready):
+def job(model, seed, steps, args, ready):
     """Train one model from one seed, sample and score it in every way that is missing, append to scores.csv."""
-    folder = args.out / folder_name(model, seed)
+    folder = args.out / folder_name(model, seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
     if model in TASKS:
         task, ways = model, {"Conditional": ()}
     else:
         task, ways = "all", {way: extra for way, (of, extra) in WAYS.items() if of == model}
     last = TASKS[-1] if task == "all" else task
-    missing = [way for way in ways if not any(done == last for done, _ in ready.get((way, seed), ()))]
+    missing = [way for way in ways if not any(done == last for done, _ in ready.get((way, seed, steps), ()))]
     common = ("--seed", seed, "--device", args.device)
     if missing:
-        more = (*TRAINING, "--steps", args.steps, "--out", folder, *common)
+        more = ("--steps", steps, "--out", folder, *common)
         run("train.py", *MODELS[model], *more, log=folder / "train.txt")
     for way in missing:
-        more = (*SAMPLING, "--task", task, "--n", args.n, *common)
+        more = ("--task", task, "--n", args.n, *common)
         log = folder / f"{folder_name(way)}.txt"
         lines = run("tests/score.py", "--ckpt", folder, *ways[way], *more, log=log).splitlines()
         rows = []
         for name, *values in map(str.split, lines):
             if name in (*TASKS, "tokenizer"):
-                rows += [(way, seed, name, score, value) for score, value in zip(SCORES, values) if value != "-"]
+                rows += [(way, seed, steps, name, score, value) for score, value in zip(SCORES, values) if value != "-"]
         scores = args.out / "scores.csv"
         with LOCK, scores.open("a", newline="") as file:
             writer = csv.writer(file)
-            writer.writerows(rows if scores.stat().st_size else [("way", "seed", "task", "score", "value"), *rows])
-        print(f"{len(rows)} scores of {way}, {model}, seed {seed}", flush=True)
+            writer.writerows(
+                rows if scores.stat().st_size else [("way", "seed", "steps", "task", "score", "value"), *rows]
+            )
+        print(f"{len(rows)} scores of {way}, {model}, seed {seed}, {steps} steps", flush=True)
 
 
-def table(found, ways, columns, digits, paper):
-    """Print a Markdown table: mean and standard deviation over seeds, the paper's own figure in brackets."""
+def over_seeds(found, way, steps, pairs):
+    """One value a seed: the mean of these (task, score)s."""
+    runs = [scores for (name, _, at), scores in found.items() if (name, at) == (way, steps)]
+    return [statistics.mean(scores[p] for p in pairs) for scores in runs if all(p in scores for p in pairs)]
+
+
+def table(found, rows, columns, digits, paper):
+    """Print a Markdown table: mean and standard deviation over seeds, the paper's own figure in brackets.
+
+    rows  {label: (way, steps)}
+    """
     print("\n| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
-    for way in ways:
+    for label, (way, steps) in rows.items():
         cells = []
         for i, pairs in enumerate(columns.values()):
-            runs = [scores for (name, _), scores in found.items() if name == way and all(p in scores for p in pairs)]
-            values = [statistics.mean(scores[p] for p in pairs) for scores in runs]
+            values = over_seeds(found, way, steps, pairs)
             cell = f"{statistics.mean(values):.{digits}f}" if values else "-"
             cell += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(cell + (f" ({paper[way][i]})" if i < len(paper.get(way, ())) else ""))
-        print(f"| {way} | " + " | ".join(cells) + " |")
+        print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+def plot(found, steps, columns, path):
+    """A panel for each column: a dot for every seed, a line through their means, by steps; both scales logarithmic."""
+    size, edge, least, most = 260, 200, 0.005, 0.35
+    picture = Image.new("RGB", (size * len(columns), size), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, (title, pairs) in enumerate(columns.items()):
+        left = size * i + 40
+
+        def height(value):
+            return 30 + edge * math.log(most / value) / math.log(most / least)
+
+        pen.text((left, 10), title, fill="black")
+        pen.rectangle((left, 30, left + edge, 30 + edge), outline="black")
+        for value in (0.01, 0.02, 0.05, 0.1, 0.2):
+            pen.line((left, height(value), left + edge, height(value)), fill="lightgrey")
+            pen.text((left - 30, height(value) - 6), f"{value:g}", fill="black")
+        for row, (way, colour) in enumerate((("MoNL", "blue"), ("Conditional", "red"))):
+            pen.text((left + 6, 34 + 14 * row), way, fill=colour)
+            line = []
+            for k, times in enumerate(TIMES):
+                x = left + edge * (k + 0.5) / len(TIMES)
+                pen.text((x - 14, 34 + edge), str(steps * times), fill="black")
+                values = over_seeds(found, way, steps * times, pairs)
+                for value in values:
+                    pen.ellipse((x - 3, height(value) - 3, x + 3, height(value) + 3), fill=colour)
+                line += [(x, height(statistics.mean(values)))] if values else []
+            pen.line(line, fill=colour)
+    picture.save(path)
 
 
 def figure(args, path):
@@ -174,8 +220,8 @@ def figure(args, path):
     made = {}
     for way in TABLE_1:
         model, extra = ("continue", ()) if way == "Conditional" else WAYS[way]
-        trained = sample.Trained(args.out / folder_name(model, 0), open_device(args.device))
-        settings = sample.make_parser(None, n=1).parse_args([*map(str, SAMPLING), *extra])
+        trained = sample.Trained(args.out / folder_name(model, 0, args.steps), open_device(args.device))
+        settings = sample.make_parser(None, n=1).parse_args(extra)
         given = task_mask("continue", trained.layout)
         true = {name: x[args.clip :] for name, x in trained.clips(None, args.clip + 1, trained.span).items()}
         made[way] = sample.make(trained, settings, [trained.tokenizers.encode(true)], [given], way)
@@ -186,31 +232,45 @@ def figure(args, path):
     sample.write_sheet(path, title, video, audio, masks, trained.media.sample_rate, names=list(rows))
 
 
+def plan(args):
+    """-> the (model, seed, steps) that are needed, the first ones first."""
+    if not args.curve:
+        return [(model, seed, args.steps) for seed in range(args.seeds) for model in MODELS]
+    models = ["MoNL", *(task for task in MODELS if f"{task} align" in ONE_TASK or f"{task} path" in ONE_TASK)]
+    return [(model, seed, args.steps * times) for times, most in TIMES.items()
+            for seed in range(min(args.seeds, most)) for model in models]  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=1500, help="training steps of every model (%(default)s)")
+    add("--steps", type=int, default=PRESETS["toy"].steps, help="training steps of every model (%(default)s)")
+    add("--curve", action="store_true", help="how MoNL and the models of one task grow with steps")
     add("--seeds", type=int, default=3, help="models of each kind (%(default)s)")
     add("--n", type=int, default=256, help="samples a task, a multiple of 16 (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one a core)")
     add("--device", default="auto", help="as in train.py (%(default)s)")
-    add("--out", type=Path, default=Path("runs/tables"), help="folder of these --steps and --n (%(default)s)")
+    add("--out", type=Path, default=Path("runs/tables"), help="folder of this --n (%(default)s)")
     add("--clip", type=int, default=0, help="held-out clip of strategies.png (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     ready = read(args.out / "scores.csv")
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(job, model, seed, args, ready) for seed in range(args.seeds) for model in MODELS]
-        for done in jobs:
+        for done in [pool.submit(job, *which, args, ready) for which in plan(args)]:
             done.result()
     found = read(args.out / "scores.csv")
-    for seed in range(args.seeds):  # Table 1's conditional model of joint generation is Vanilla
-        vanilla = found["Vanilla", seed].items()
-        found["Conditional", seed].update({pair: value for pair, value in vanilla if pair[0] == "joint"})
     print(f"{args.steps} steps, {args.seeds} seeds, {args.n} samples a task: mean ± standard deviation over seeds")
+    if args.curve:
+        rows = {f"{way}, {times}x": (way, times * args.steps) for way in ("MoNL", "Conditional") for times in TIMES}
+        table(found, rows, ONE_TASK, 3, {})
+        plot(found, args.steps, dict(list(ONE_TASK.items())[:4]), args.out / "curve.png")
+        return
+    for seed in range(args.seeds):  # Table 1's conditional model of joint generation is Vanilla
+        vanilla = found["Vanilla", seed, args.steps].items()
+        found["Conditional", seed, args.steps].update({pair: value for pair, value in vanilla if pair[0] == "joint"})
     for title, ways, columns, digits, paper in TABLES:
         print(f"\n{title}")
-        table(found, ways, columns, digits, paper)
+        table(found, {way: (way, args.steps) for way in ways}, columns, digits, paper)
     figure(args, args.out / "strategies.png")
 
 
