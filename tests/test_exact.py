@@ -228,12 +228,15 @@ def test_guidance_of_zero_or_away_from_nothing_is_none(task, guidance, drop):
     assert torch.equal(*runs) and [len(call) for call in oracle.calls] == [3] * 6
 
 
+def distance(m, P, mean, cov):
+    """Error of the mean in standard deviations (root mean square over whitened elements), of the covariance relative."""
+    shift = torch.linalg.solve(torch.linalg.cholesky(cov), m - mean).norm() / math.sqrt(len(mean))
+    return shift.item(), ((P - cov).norm() / cov.norm()).item()
+
+
 @pytest.mark.parametrize("task", ["a2v", "v2a", "inpaint", "continue"])
 def test_replacement_misses_the_conditional_that_masked_sampling_hits(task, monkeypatch):
-    """The paper's point [Sec. 3.3, App. C.2], with the exact denoiser for both: they differ in how they hold the given.
-
-    Error of the mean in standard deviations (root mean square over whitened elements), of the covariance relative.
-    """
+    """The paper's point [Sec. 3.3, App. C.2], with the exact denoiser for both: they differ in how they hold the given."""
     n, oracle, given, found = 1000, Oracle(), task_mask(task, WORLD), {}
     held = given[SEGMENT]
     mean, cov = oracle.conditional(held)
@@ -242,9 +245,7 @@ def test_replacement_misses_the_conditional_that_masked_sampling_hits(task, monk
     x = generate_baseline(Oracle(alike=n), SCHEDULE, WORLD, oracle.clean.expand(n, -1), given, steps=100,
                           generator=torch.Generator().manual_seed(0))[:, ~held]  # fmt: skip
     found["replacement"] = x.mean(0), x.T.cov()
-    for k, (m, P) in found.items():
-        shift = torch.linalg.solve(torch.linalg.cholesky(cov), m - mean).norm() / math.sqrt(len(mean))
-        found[k] = shift.item(), ((P - cov).norm() / cov.norm()).item()
+    found = {k: distance(m, P, mean, cov) for k, (m, P) in found.items()}
     print(f"\n{task}: " + ", ".join(f"{k} mean {v[0]:.3f} covariance {v[1]:.3f}" for k, v in found.items()))
     assert max(found["monl"]) < 0.05
     assert found["replacement"][0] > 0.5 and found["replacement"][1] > 0.25  # sampling alone: 0.03 and 0.1
@@ -264,7 +265,7 @@ class TrainedFrom(Oracle):
 @pytest.mark.parametrize(("least", "most"), [(1, 0.003), (20, 0.1)])
 def test_what_it_costs_to_give_t_0_where_training_began_later(least, most, monkeypatch):
     """Alg. 1 draws t from 1..T, Alg. 3 gives t = 0. The conditional that such a network believes in has a closed form;
-    generate() must reach it. The error against the true one, as in the test above."""
+    generate() must reach it."""
     for task in ("a2v", "v2a", "inpaint", "continue"):
         oracle, given = TrainedFrom(least), task_mask(task, WORLD)
         held = given[SEGMENT]
@@ -277,8 +278,7 @@ def test_what_it_costs_to_give_t_0_where_training_began_later(least, most, monke
         (A,), (b,) = probe(oracle, given[None], monkeypatch, steps=50, sampler="dpmpp_2m")
         assert ((b[~held] - believed) / believed_cov.diagonal().sqrt()).abs().max() < 0.03  # the sampler's own bias
         assert ((A @ A.T)[~held][:, ~held] - believed_cov).norm() / believed_cov.norm() < 0.03
-        shift = torch.linalg.solve(torch.linalg.cholesky(cov), believed - mean).norm() / math.sqrt(len(mean))
-        cost = shift.item(), ((believed_cov - cov).norm() / cov.norm()).item()
+        cost = distance(believed, believed_cov, mean, cov)
         print(f"\n{task}, t = 0 taken for {least}: mean {cost[0]:.4f} covariance {cost[1]:.4f}", end="")
         assert max(cost) < most
 
