@@ -93,7 +93,7 @@ LESS = {
 
 # of the curve: times --steps -> models of each kind at most; scores of one task each
 TIMES = {1: 3, 2: 3, 4: 1, 8: 1}
-ONE_TASK = {k: v for k, v in EXACT.items() if k.split()[0] in ("a2v", "v2a", "inpaint", "continue")}
+ONE_TASK = {k: v for k, v in EXACT.items() if k.split()[0] in MODELS}
 
 LOCK = Lock()  # of scores.csv
 TABLE_1 = list(PAPER_1)
@@ -236,7 +236,7 @@ def plan(args):
     """-> the (model, seed, steps) that are needed, the first ones first."""
     if not args.curve:
         return [(model, seed, args.steps) for seed in range(args.seeds) for model in MODELS]
-    models = ["MoNL", *(task for task in MODELS if f"{task} align" in ONE_TASK or f"{task} path" in ONE_TASK)]
+    models = ["MoNL", *dict.fromkeys(k.split()[0] for k in ONE_TASK)]
     return [(model, seed, args.steps * times) for times, most in TIMES.items()
             for seed in range(min(args.seeds, most)) for model in models]  # fmt: skip
 
