@@ -251,14 +251,15 @@ class Block(nn.Module):
 
 class AVDiT(nn.Module):
     """The joint noise prediction network [Sec. 4]; `prediction` is what it regresses, one of PREDICTIONS, and attention
-    starts within `reach` ms, 0: anywhere. ValueError if it is none, and unless dim is even and divisible by heads."""
+    starts within `reach` ms, 0: anywhere; `peak` is for ask(). ValueError if prediction is none of them, and unless dim
+    is even and divisible by heads."""
 
-    def __init__(self, layout, dim, depth, heads, prediction="eps", reach=0):
+    def __init__(self, layout, dim, depth, heads, prediction="eps", reach=0, peak=0):
         super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
         if dim % heads or dim % 2:
             raise ValueError(f"dim {dim} must be even and divisible by heads {heads}")
-        self.layout, self.dim, self.prediction = layout, dim, prediction
+        self.layout, self.dim, self.prediction, self.peak = layout, dim, prediction, peak
         modalities = layout.modalities
         # z_t and the self-conditioning estimate enter side by side, hence 2 d_m.
         self.project_in = nn.ModuleDict({m.name: nn.Linear(2 * m.channels, dim) for m in modalities})
@@ -319,14 +320,14 @@ PREDICTIONS = ("eps", "v", "z0")
 def ask(model, schedule, layout, z, t, z0_prev=None):
     """Call the model -> its prediction (B, E), and which one it is.
 
-    One that regresses z0 is shown z_t by a factor that falls to 0 with the signal in it: at t = T what is given must
-    tell all, and noise would leak into the estimate. It is the root of the Wiener filter a^2 / (a^2 + s^2 / 20) of a
-    component of 20 times the mean variance, about the largest.
+    One that regresses z0 and has a `peak` is shown z_t by a factor that falls to 0 with the signal in it: at t = T what
+    is given must tell all, and noise would leak into the estimate. It is the root of the Wiener filter of a component
+    with `peak` times the mean variance, a^2 / (a^2 + s^2 / peak).
     """
-    prediction = getattr(model, "prediction", "eps")
-    if prediction == "z0":
+    prediction, peak = getattr(model, "prediction", "eps"), getattr(model, "peak", 0)
+    if prediction == "z0" and peak:
         a, s = schedule.scales(layout, t)
-        z = z * a / (a**2 + s**2 / 20).sqrt()
+        z = z * a / (a**2 + s**2 / peak).sqrt()
     return model(z, t, z0_prev), prediction
 
 
@@ -561,6 +562,7 @@ class Preset:
     heads: int
     prediction: str
     reach: float  # see AVDiT
+    peak: float  # see ask
     mixture: str
     batch: int
     steps: int
@@ -574,23 +576,24 @@ class Preset:
 
     def model(self, layout, prediction=None):
         """The network at this preset's size, for its own modalities or for others."""
-        return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction, self.reach)
+        return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction, self.reach, self.peak)
 
 
 PRESETS = {
-    # The toy world of data.py: four minutes on two CPU cores. Here eps leaves the two modalities unrelated, hence v.
-    "toy": Preset(av_modalities(8, (2, 2), 64, 0.125, 64), dim=128, depth=4, heads=4, prediction="v",
-                  reach=0, mixture="monl", batch=64, steps=1900, optimizer="muon", lr=6e-3, warmup=100, ema=0.995,
-                  noise_power=1, sampler="dpmpp_2m", sampling_steps=20),
-    # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels. A token has 192 channels: of v, much that a
-    # network of this width returns would be noise, hence z0. That a mouth moves with the sound is learned where the
-    # picture is noise and the sound is not, hence more of that.
-    "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0",
-                    reach=250, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=10_000, optimizer="muon",
+    # The toy world of data.py: N minutes on two CPU cores. Here eps leaves the two modalities unrelated, and v, of which
+    # much is noise, blurs the ball where a token has as many channels as the network is wide. Hence z0.
+    "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0", reach=0,
+                  peak=0, mixture="monl", batch=64, steps=3800, optimizer="muon", lr=6e-3, warmup=100, ema=0.995,
+                  noise_power=1, sampler="ddpm", sampling_steps=40),
+    # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels. That a mouth moves with the sound is learned
+    # where the picture is noise and the sound is not, hence more of that. The largest component of these latents has
+    # about 20 times the mean variance.
+    "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0", reach=250,
+                    peak=20, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=10_000, optimizer="muon",
                     lr=6e-3, warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=10),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
-    "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps",
-                    reach=0, mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000,
+    "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps", reach=0,
+                    peak=0, mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000,
                     ema=0.9999, noise_power=0, sampler="ddim", sampling_steps=250),
 }  # fmt: skip
 

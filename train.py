@@ -204,7 +204,7 @@ class Machine:
         if self.world == 1:
             return model
         net = DistributedDataParallel(model, broadcast_buffers=False)
-        net.prediction = model.prediction
+        net.prediction, net.peak = model.prediction, model.peak
         return net
 
     def total(self, x):

@@ -458,15 +458,16 @@ def test_the_paper_preset_is_app_b():
     video, audio = p.modalities
     assert video.edges == (0, 1 / 8, 5 / 8, 9 / 8, 13 / 8, 17 / 8) and video.grid == (16, 16)
     np.testing.assert_allclose(audio.edges, 320 / 16000 * np.arange(107), atol=1e-12)
-    assert [m.shape for m in TOY.modalities] == [(5, 2, 2, 64), (17, 64)]
+    assert [m.shape for m in TOY.modalities] == [(5, 2, 2, 128), (17, 64)]
     assert all(m.edges[-1] == 17 / 8 for m in TOY.modalities)
 
 
 def test_a_presets_model_takes_another_layout_and_prediction():
     toy = avdit.PRESETS["toy"]
     model = toy.model(THREE, "eps")
-    assert model.layout is THREE and model.prediction == "eps" and toy.model(THREE).prediction == "v"
+    assert model.layout is THREE and model.prediction == "eps" and toy.model(THREE).prediction == "z0"
     assert (model.dim, len(model.blocks), model.blocks[0].heads) == (toy.dim, toy.depth, toy.heads)
+    assert avdit.PRESETS["clips"].model(THREE).peak == 20 and model.peak == AVDiT(THREE, 16, 1, 2).peak == 0
     weights = []
     for make in (avdit.PRESETS["clips"].model, lambda layout: AVDiT(layout, 256, 4, 4, "z0", reach=250)):
         torch.manual_seed(0)

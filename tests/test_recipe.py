@@ -20,7 +20,7 @@ LOOP, RECIPE = re.findall("```python\n(.*?)```", README, re.DOTALL)
 def test_readmes_training_loop_learns_and_samples():
     """On latents that are all one clip the loss falls to a small part of what it was."""
     g = torch.Generator().manual_seed(0)
-    clip = {"video": torch.randn(1, 5, 2, 2, 64, generator=g), "audio": torch.randn(1, 17, 64, generator=g)}
+    clip = {"video": torch.randn(1, 5, 2, 2, 128, generator=g), "audio": torch.randn(1, 17, 64, generator=g)}
     losses, names = [], {"batches": [{name: x.expand(16, *x.shape[1:]) for name, x in clip.items()}] * 40}
     torch.manual_seed(0)
     loop = LOOP.replace("    optimizer.step()", "    optimizer.step()\n    losses.append(loss.item())")

@@ -9,7 +9,6 @@ import torch
 from test_method import AUDIO, THREE, TOUCH, TOY, VIDEO, alpha_bar, latents, ptm_timesteps, randomized
 
 from avdit import (
-    PREDICTIONS,
     SAMPLERS,
     AVDiT,
     Layout,
@@ -32,8 +31,8 @@ ETA = 0.7
 class Spy:
     """A made-up denoiser that keeps what it is shown. It mixes all elements, so that nothing given goes unnoticed."""
 
-    def __init__(self, layout, prediction="eps"):
-        self.layout, self.prediction, self.calls = layout, prediction, []
+    def __init__(self, layout, prediction="eps", peak=0):
+        self.layout, self.prediction, self.peak, self.calls = layout, prediction, peak, []
 
     def out(self, z, t, z0_prev=None):
         seen = z if z0_prev is None else z + z0_prev
@@ -81,20 +80,22 @@ def slow_step(sampler, z, eps, ab, ab2, last, noise):
 # --- Training loss ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("prediction", "peak"), [("eps", 0), ("v", 20), ("z0", 0), ("z0", 20)])
 @pytest.mark.parametrize(("conditioning", "power"), [(False, 0), (True, 0), (True, 1)])
-def test_loss_is_eq_6(prediction, conditioning, power):
-    spy, ab, t = Spy(THREE, prediction), alpha_bar(), ptm_timesteps(THREE, 3)
+def test_loss_is_eq_6(prediction, peak, conditioning, power):
+    spy, ab, t = Spy(THREE, prediction, peak), alpha_bar(), ptm_timesteps(THREE, 3)
     z0, eps = (latents(THREE, 3, seed, torch.float64) for seed in (1, 2))
     weight = loss_weights(SCHEDULE, THREE, t, power)
     loss, errors = training_loss(spy, SCHEDULE, THREE, z0, t, eps, weight, conditioning)
     if not conditioning and not power:  # the defaults
-        assert training_loss(Spy(THREE, prediction), SCHEDULE, THREE, z0, t, eps)[0] == loss
+        assert training_loss(Spy(THREE, prediction, peak), SCHEDULE, THREE, z0, t, eps)[0] == loss
         assert torch.equal(loss_weights(SCHEDULE, THREE, t), weight)
     level = torch.tensor(ab)[t[:, THREE.segment]]
     a, s = level.sqrt(), (1 - level).sqrt()
     z, prev = a * z0 + s * eps, None  # Eq. 5
-    shown = z * (level / (level + (1 - level) / 20)).sqrt() if prediction == "z0" else z  # Wiener's gain, its root
+    shown = z
+    if prediction == "z0" and peak:  # Wiener's gain, its root
+        shown = z * (level / (level + (1 - level) / peak)).sqrt()
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[prediction]
     assert len(spy.calls) == 1 + conditioning
     for z_seen, t_seen, _ in spy.calls:
@@ -183,22 +184,22 @@ def test_noise_is_drawn_where_the_generator_lives():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps", "prediction"),
+    ("sampler", "steps", "prediction", "peak"),
     [
-        ("ddpm", 100, "eps"),
-        ("ddim", 7, "eps"),
-        ("ddim", 7, "v"),
-        ("ddim", 7, "z0"),
-        ("dpmpp_2m", 7, "eps"),
-        ("dpmpp_2m", 7, "z0"),
-        ("ddim_eta", 7, "eps"),
+        ("ddpm", 100, "eps", 0),
+        ("ddim", 7, "eps", 0),
+        ("ddim", 7, "v", 20),
+        ("ddim", 7, "z0", 20),
+        ("dpmpp_2m", 7, "eps", 0),
+        ("dpmpp_2m", 7, "z0", 0),
+        ("ddim_eta", 7, "eps", 0),
     ],
 )
 @pytest.mark.parametrize(("layout", "task"), [(TOY, "joint"), (TOY, "a2v"), (TOY, "continue"), (THREE, "each its own")])
-def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction, monkeypatch):
+def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction, peak, monkeypatch):
     """The paper's loop by hand, every call of the model in it; with other steps than DDPM's, one of which a fork adds."""
     monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)
-    z0, spy, noise = latents(layout, 2, 1, torch.float64), Spy(layout, prediction), drawn(7, layout, 2)
+    z0, spy, noise = latents(layout, 2, 1, torch.float64), Spy(layout, prediction, peak), drawn(7, layout, 2)
     given = masks(layout, 2, 3) if task == "each its own" else task_mask(task, layout)
     got = generate(spy, SHORT, layout, z0, given, steps=steps, sampler=sampler,
                    generator=torch.Generator().manual_seed(7))  # fmt: skip
@@ -210,7 +211,8 @@ def test_generate_is_algorithms_3_and_4(layout, task, sampler, steps, prediction
     for call, (tau, tau2) in zip(spy.calls, pairwise(taus)):
         z, t, ab = torch.where(held, z0, z), torch.where(given, 0, tau), SHORT_AB[tau]
         assert torch.equal(call[1], t)
-        shown = torch.where(held, z, z * math.sqrt(ab / (ab + (1 - ab) / 20))) if prediction == "z0" else z
+        gain = math.sqrt(ab / (ab + (1 - ab) / peak)) if prediction == "z0" and peak else 1
+        shown = torch.where(held, z, z * gain)
         for x, seen in ((shown, call[0]), (prev, call[2])):
             torch.testing.assert_close(seen, x, atol=1e-4, rtol=1e-4)  # coefficients are float32
         eps = spy.out(shown, t, prev)
@@ -324,7 +326,7 @@ def test_reconstruction_guidance_moves_by_eqs_9_to_12():
         return a2 * (a * z - s * v) + s2 * (s * z + a * v)
 
     error = lambda z: ((step(z) - truth)[:, held] ** 2).sum()
-    for place in ((0, 800), (0, 1280 + 9 * 64 + 11), (1, 1280 + 12 * 64 + 3)):  # video, audio, another example's audio
+    for place in ((0, 1600), (0, 2560 + 9 * 64 + 11), (1, 2560 + 12 * 64 + 3)):  # video, audio, another example's audio
         shift = torch.zeros_like(z)
         shift[place] = 1e-4
         gradient = ((error(z + shift) - error(z - shift)) / 2e-4).item()
