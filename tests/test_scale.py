@@ -13,9 +13,10 @@ from test_data import latents_file
 from test_method import TOY
 
 from avdit import AVDiT, NoiseSchedule, loss_weights, sample_timesteps, training_loss
-from train import Log
+from train import Log, learning_rate
 
 ROOT = Path(__file__).parents[1]
+LR = 5e-4
 
 # train.py with a line in log.csv for every step, and the norm of every step's gradient in a file of its own
 PROGRAM = f"""
@@ -39,7 +40,7 @@ def run(folder, *flags, processes=1):
     latents_file(folder / "z.npz")
     (folder / "program.py").write_text(PROGRAM)
     many = ("-m", "torch.distributed.run", "--nproc_per_node", processes) if processes > 1 else ()
-    flags = ("--data", "z.npz", "--preset", "toy", "--out", "o", "--steps", 20, "--batch", 8, "--dtype", "fp32", *flags)
+    flags = ("--data", "z.npz", "--preset", "clips", "--lr", LR, "--out", "o", "--steps", 20, "--batch", 8, "--dtype", "fp32", *flags)
     command = [sys.executable, *map(str, (*many, "program.py", *flags))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
@@ -71,7 +72,8 @@ def test_parts_of_a_batch_add_up_to_the_batch(alone, tmp_path, flags, processes)
     assert [[x == "" for x in row] for row in rows] == [[x == "" for x in row] for row in alone[0]]
     assert norms == pytest.approx(alone[1], rel=1e-5)
     distance = torch.cat([(state["model"][k] - x).abs().flatten() for k, x in alone[2]["model"].items()])
-    rates = sum(6e-3 * (step + 1) / 100 for step in range(20))
+    how = SimpleNamespace(preset="clips", lr=LR, steps=20)
+    rates = sum(learning_rate(how, step) for step in range(20))
     losses = max(abs(float(x) - float(y)) for a, b in zip(rows, alone[0]) for x, y in zip(a, b) if x)
     print(
         f"\n{processes} processes {flags}: losses differ by {losses:.0e}, weights by {distance.mean():.0e} on average"
