@@ -580,8 +580,8 @@ class Preset:
 
 
 PRESETS = {
-    # The toy world of data.py: N minutes on two CPU cores. Here eps leaves the two modalities unrelated, and v, of which
-    # much is noise, blurs the ball where a token has as many channels as the network is wide. Hence z0.
+    # The toy world of data.py: eight minutes on two CPU cores. Here eps leaves the two modalities unrelated, and v,
+    # much of it noise, blurs the ball where a token has as many channels as the network is wide. Hence z0.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0", reach=0,
                   peak=0, mixture="monl", batch=64, steps=3800, optimizer="muon", lr=4e-3, warmup=100, ema=0.995,
                   noise_power=1, sampler="ddpm", sampling_steps=40),
