@@ -222,13 +222,6 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def rotate(x, angles):
-    """Rotary positions [Su et al. 2021]: turn x (B, heads, L, e), pair by pair, by angles (L, e / 2)."""
-    x, y = x.chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([x * cos - y * sin, x * sin + y * cos], -1).to(x.dtype)
-
-
 class Block(nn.Module):
     """Transformer layer with AdaLN: each segment's shift and scale come from its own timestep [Sec. 4]."""
 
@@ -246,28 +239,26 @@ class Block(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, x, cond, layout, angles=None):
-        # x (B, L, d) tokens; cond (B, S, d) the embedding of the timestep vector; angles (L, d / heads / 2) or None
+    def forward(self, x, cond, layout):
+        # x (B, L, d) tokens; cond (B, S, d) the embedding of the timestep vector
         first, second = self.ada(cond).chunk(2, -1)  # a shift and a scale each
         y = modulate(self.norm(x), first, layout)
         q, k, v = rearrange(self.qkv(y), "b l (three h e) -> three b h l e", three=3, h=self.heads)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
         y = attention(q, k, v)  # every token sees all tokens of all modalities
         x = x + self.attend(rearrange(y, "b h l e -> b l (h e)"))
         return x + self.mlp(modulate(self.norm(x), second, layout))
 
 
 class AVDiT(nn.Module):
-    """The joint noise prediction network [Sec. 4]; `prediction` is what it regresses, one of PREDICTIONS; attention
-    starts within `reach` ms, 0: anywhere; `peak` is for ask(); `rotary`: queries and keys turn with time. ValueError if
-    prediction is none of them, and unless dim is divisible by twice the heads."""
+    """The joint noise prediction network [Sec. 4]; `prediction` is what it regresses, one of PREDICTIONS, and attention
+    starts within `reach` ms, 0: anywhere; `peak` is for ask(). ValueError if prediction is none of them, and unless dim
+    is even and divisible by heads."""
 
-    def __init__(self, layout, dim, depth, heads, prediction="eps", reach=0, peak=0, rotary=False):
+    def __init__(self, layout, dim, depth, heads, prediction="eps", reach=0, peak=0):
         super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
-        if dim % (2 * heads):
-            raise ValueError(f"dim {dim} must be divisible by twice heads {heads}")
+        if dim % heads or dim % 2:
+            raise ValueError(f"dim {dim} must be even and divisible by heads {heads}")
         self.layout, self.dim, self.prediction, self.peak = layout, dim, prediction, peak
         modalities = layout.modalities
         # z_t and the self-conditioning estimate enter side by side, hence 2 d_m.
@@ -291,13 +282,6 @@ class AVDiT(nn.Module):
                 query, key, _ = block.qkv.weight.data.view(3, heads, dim // heads, dim)
                 x, y = key.chunk(2, -1)
                 query.copy_(2 * torch.cat([x * cos + y * sin, y * cos - x * sin], -1))
-        # With rotary, a query and a key meet by how far apart in time they are, whatever their modalities: motion takes
-        # differences. From 0.1 to 8 turns a second.
-        angles = None
-        if rotary:
-            seconds = torch.cat([x.repeat_interleave(m.P) / 1000 for m, x in zip(modalities, middle.values())])
-            angles = seconds[:, None] * 2 * math.pi * torch.logspace(-1, math.log10(8), dim // heads // 2)
-        self.register_buffer("angles", angles)  # (L, d / heads / 2)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada = nn.Linear(dim, 2 * dim)
         self.register_buffer("z_max", torch.full((layout.E,), math.inf))  # bound of the self-conditioning estimate
@@ -323,7 +307,7 @@ class AVDiT(nn.Module):
         places = torch.cat(places).expand(len(t), -1, -1)
         cond = self.embed(torch.cat([sinusoid(t, self.dim), places], -1))  # (B, S, d)
         for block in self.blocks:
-            x = block(x, cond, self.layout, self.angles)
+            x = block(x, cond, self.layout)
         x = modulate(self.norm(x), self.ada(cond), self.layout).split(self.layout.tokens, 1)
         return torch.cat([self.project_out[name](x_m).flatten(1) for name, x_m in zip(self.layout.names, x)], 1)
 
@@ -579,7 +563,6 @@ class Preset:
     prediction: str
     reach: float  # see AVDiT
     peak: float  # see ask
-    rotary: bool  # see AVDiT
     mixture: str
     batch: int
     steps: int
@@ -593,27 +576,25 @@ class Preset:
 
     def model(self, layout, prediction=None):
         """The network at this preset's size, for its own modalities or for others."""
-        prediction = prediction or self.prediction
-        return AVDiT(layout, self.dim, self.depth, self.heads, prediction, self.reach, self.peak, self.rotary)
+        return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction, self.reach, self.peak)
 
 
 PRESETS = {
     # The toy world of data.py: eight minutes on two CPU cores. Here eps leaves the two modalities unrelated, and v,
     # much of it noise, blurs the ball where a token has as many channels as the network is wide. Hence z0.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0", reach=0,
-                  peak=0, rotary=True, mixture="monl", batch=64, steps=3800, optimizer="muon", lr=4e-3, warmup=100,
-                  ema=0.995, noise_power=1, sampler="ddpm", sampling_steps=40),
+                  peak=0, mixture="monl", batch=64, steps=3800, optimizer="muon", lr=4e-3, warmup=100, ema=0.995,
+                  noise_power=1, sampler="ddpm", sampling_steps=40),
     # Some hundreds of real clips as data.py cuts them, 64 x 64 pixels. That a mouth moves with the sound is learned
     # where the picture is noise and the sound is not, hence more of that. The largest component of these latents has
     # about 20 times the mean variance.
     "clips": Preset(av_modalities(8, (2, 2), 192, 0.125, 96), dim=256, depth=4, heads=4, prediction="z0", reach=250,
-                    peak=20, rotary=False, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=10_000,
-                    optimizer="muon", lr=6e-3, warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m",
-                    sampling_steps=10),
+                    peak=20, mixture="monl+task:a2v+task:a2v+task:v2a", batch=64, steps=10_000, optimizer="muon",
+                    lr=6e-3, warmup=100, ema=0.995, noise_power=2, sampler="dpmpp_2m", sampling_steps=10),
     # App. B: 17 frames of 128 x 128 at 8 fps through MAGVIT-v2, 16 kHz sound through SoundStream (20 ms a segment).
     "paper": Preset(av_modalities(8, (16, 16), 8, 0.02, 1024), dim=1024, depth=24, heads=16, prediction="eps", reach=0,
-                    peak=0, rotary=False, mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4,
-                    warmup=5000, ema=0.9999, noise_power=0, sampler="ddim", sampling_steps=250),
+                    peak=0, mixture="monl", batch=256, steps=400_000, optimizer="adamw", lr=5e-4, warmup=5000,
+                    ema=0.9999, noise_power=0, sampler="ddim", sampling_steps=250),
 }  # fmt: skip
 
 

@@ -79,9 +79,6 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("avdit", "        with torch.no_grad():\n            z0_prev",
      "        with torch.enable_grad():\n            z0_prev"),
     ("avdit", "torch.where(clean, z0_prev, z0_prev.clamp(", "torch.where(clean, 0, z0_prev.clamp("),
-    ("avdit", "q, k = rotate(q, angles), rotate(k, angles)", "q = rotate(q, angles)"),
-    ("avdit", "x * cos - y * sin, x * sin + y * cos", "x * cos - y * sin, x * sin - y * cos"),
-    ("avdit", "x.repeat_interleave(m.P) / 1000", "x.repeat(m.P) / 1000"),
     # samplers
     ("avdit", "a_next / a * (z", "a / a_next * (z"),
     ("avdit", "a_next / a * (z", "a * (z"),

@@ -285,8 +285,6 @@ def test_a_wrong_mixture_names_the_valid(mixture):
 def slow_forward(model, modalities, z, t, z0_prev):
     """AVDiT one example and one token at a time, with the modulation computed anew for every token [Sec. 4]."""
     d, heads, result = model.dim, model.blocks[0].heads, []
-    seconds = [(m.edges[n] + m.edges[n + 1]) / 2 for m in modalities for n in range(m.N) for _ in range(m.P)]
-    turns = [0.1 * 80 ** (i / (d // heads // 2 - 1)) for i in range(d // heads // 2)]  # a second: 0.1 to 8
 
     def sinusoid(x):
         freqs = [10000 ** (-k / (d // 2)) for k in range(d // 2)]
@@ -305,14 +303,6 @@ def slow_forward(model, modalities, z, t, z0_prev):
     def norm(x):
         return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
 
-    def rotated(x):  # (L, heads, d / heads): as complex numbers, times e^(i angle)
-        if model.angles is None:
-            return x
-        real, imaginary = x.chunk(2, -1)
-        angles = 2 * math.pi * torch.tensor(seconds, dtype=x.dtype)[:, None, None] * torch.tensor(turns, dtype=x.dtype)
-        y = torch.complex(real, imaginary) * torch.exp(1j * angles)
-        return torch.cat([y.real, y.imag], -1)
-
     for b in range(len(z)):
         x, c, names, e, s = [], [], [], 0, 0
         for m in modalities:
@@ -329,7 +319,6 @@ def slow_forward(model, modalities, z, t, z0_prev):
             ada = [block.ada(ci).chunk(4) for ci in c]
             h = [norm(xi) * (1 + scale) + shift for xi, (shift, scale, _, _) in zip(x, ada)]
             q, k, v = (torch.stack([block.qkv(hi) for hi in h]).reshape(len(x), 3, heads, -1)[:, i] for i in range(3))
-            q, k = rotated(q), rotated(k)
             for i in range(len(x)):
                 mixed = []
                 for j in range(heads):
@@ -358,9 +347,8 @@ def test_attention_in_bf16_is_float32_where_a_cpu_has_few_tokens(monkeypatch):
         torch.testing.assert_close(out.float(), want, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
 
 
-@pytest.mark.parametrize("rotary", [False, True])
-def test_network_equals_its_slow_form(rotary):
-    model = randomized(AVDiT(THREE, 16, 2, 2, rotary=rotary)).double()
+def test_network_equals_its_slow_form():
+    model = randomized(AVDiT(THREE, 16, 2, 2)).double()
     z, prev = (latents(THREE, 2, seed, torch.float64) for seed in (1, 2))
     t = ptm_timesteps(THREE, 2)
     with torch.no_grad():
@@ -479,7 +467,6 @@ def test_a_presets_model_takes_another_layout_and_prediction():
     model = toy.model(THREE, "eps")
     assert model.layout is THREE and model.prediction == "eps" and toy.model(THREE).prediction == "z0"
     assert (model.dim, len(model.blocks), model.blocks[0].heads) == (toy.dim, toy.depth, toy.heads)
-    assert model.angles is not None and avdit.PRESETS["clips"].model(THREE).angles is None
     assert avdit.PRESETS["clips"].model(THREE).peak == 20 and model.peak == AVDiT(THREE, 16, 1, 2).peak == 0
     weights = []
     for make in (avdit.PRESETS["clips"].model, lambda layout: AVDiT(layout, 256, 4, 4, "z0", reach=250)):
@@ -499,7 +486,7 @@ def test_wrong_models_are_refused():
         AVDiT(TOY, 16, 1, 2, "x0")
     with pytest.raises(ValueError, match="divisible"):
         AVDiT(TOY, 16, 1, 3)
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="even"):
         AVDiT(TOY, 15, 1, 3)
     for settings in (avdit.PRESETS["toy"], VIDEO):  # everybody shares them
         with pytest.raises(FrozenInstanceError):
