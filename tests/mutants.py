@@ -285,7 +285,7 @@ def main():
     for title, keys in (("by hand", by_hand), ("sampled", sampled)):
         alive = [key for key in keys if known[key] == "survived" and key not in EQUIVALENT]
         equivalent = sum(key in EQUIVALENT for key in keys)
-        share = 1 - len(alive) / (len(keys) - equivalent)
+        share = 1 - len(alive) / max(1, len(keys) - equivalent)
         print(f"{title}: {len(keys)} mutants, {equivalent} equivalent, {share:.1%} of the others killed")
         print("".join(f"  alive: {key}\n" for key in alive), end="")
         worst = min(worst, share)
