@@ -75,7 +75,7 @@ HAND = [  # module, what is there, what a tired student makes of it
     ("avdit", " * layout.sizes.to(t.device)", ""),
     ("avdit", "weight = loss_weights(schedule, layout, t) if weight is None else weight",
      "weight = loss_weights(schedule, layout, t)"),
-    ("avdit", "\"v\": a * eps - s * z0", "\"v\": s * z0 - a * eps"),
+    ("avdit", '"v": a * eps - s * z0', '"v": s * z0 - a * eps'),
     ("avdit", "        with torch.no_grad():\n            z0_prev",
      "        with torch.enable_grad():\n            z0_prev"),
     ("avdit", "torch.where(clean, z0_prev, z0_prev.clamp(", "torch.where(clean, 0, z0_prev.clamp("),
