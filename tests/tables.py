@@ -186,8 +186,8 @@ def table(found, rows, columns, digits, paper):
 
 
 def plot(found, steps, columns, path):
-    """A panel for each column: a dot for every seed, a line through their means, by steps; both scales logarithmic."""
-    size, edge, least, most = 260, 200, 0.005, 0.35
+    """A panel for each column: a dot for every seed, a line through their medians, by steps; both scales logarithmic."""
+    size, edge, least, most = 260, 200, 0.002, 0.35
     picture = Image.new("RGB", (size * len(columns), size), "white")
     pen = ImageDraw.Draw(picture)
     for i, (title, pairs) in enumerate(columns.items()):
@@ -198,7 +198,7 @@ def plot(found, steps, columns, path):
 
         pen.text((left, 10), title, fill="black")
         pen.rectangle((left, 30, left + edge, 30 + edge), outline="black")
-        for value in (0.01, 0.02, 0.05, 0.1, 0.2):
+        for value in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2):
             pen.line((left, height(value), left + edge, height(value)), fill="lightgrey")
             pen.text((left - 30, height(value) - 6), f"{value:g}", fill="black")
         for row, (way, colour) in enumerate((("MoNL", "blue"), ("Conditional", "red"))):
@@ -210,7 +210,7 @@ def plot(found, steps, columns, path):
                 values = over_seeds(found, way, steps * times, pairs)
                 for value in values:
                     pen.ellipse((x - 3, height(value) - 3, x + 3, height(value) + 3), fill=colour)
-                line += [(x, height(statistics.mean(values)))] if values else []
+                line += [(x, height(statistics.median(values)))] if values else []
             pen.line(line, fill=colour)
     picture.save(path)
 
