@@ -1,12 +1,11 @@
-"""Worlds and latents: the toy world, folders of clips, files of latents, tokenizers; and what a training step sees.
+"""The data: a toy world, folders of clips, files of latents; and the tokenizers between clips and latents.
 
-Clips are dicts: {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}; the clips of a .npz are its latents.
-`data` is everywhere "toy", a folder or a .npz.
+Clips are dicts {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}. The "clips" of a .npz file are its
+latents. ToyWorld, Folder and Latents, at the end, are the three kinds of data that `--data` can name.
 """
 
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -23,77 +22,38 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from avdit import PRESETS, Layout, Modality, av_modalities, sample_timesteps
+from avdit import PRESETS, Layout, Modality, av_modalities
 
 
 class Media(NamedTuple):
-    """What clips are brought to."""
+    """The format that all clips are brought to."""
 
     fps: int
     size: int  # height and width in pixels
-    sample_rate: int
-
-
-TOY, FOLDER = Media(8, 32, 8000), Media(8, 64, 16000)
-HOPS = 8  # spectrum frames of one sound segment, which lasts as long as a frame of video
-PATCH = 32  # pixels: a token, of a folder's clips
-
-
-def is_latents(data):
-    return str(data).lower().endswith(".npz")
-
-
-def default_media(data):
-    return TOY if data == "toy" or is_latents(data) else FOLDER
-
-
-def describe(data, media):
-    """-> the Layout of this data's latents. ValueError says what does not fit."""
-    if data == "toy" or is_latents(data):
-        if media != TOY:
-            raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {data}")
-        return Layout(PRESETS["toy"].modalities) if data == "toy" else read_latents(data)[1]
-    if not Path(data).is_dir():
-        raise ValueError(f"--data {data} is neither toy nor a folder nor a .npz file")
-    if media.size % PATCH:
-        raise ValueError(f"--size {media.size} is not a multiple of {PATCH}")
-    per_hop = HOPS * media.fps
-    if media.sample_rate % per_hop or media.sample_rate < 8 * per_hop:
-        nearest = per_hop * max(8, round(media.sample_rate / per_hop))
-        raise ValueError(f"--sample-rate {media.sample_rate} must be a multiple of {HOPS} x --fps = {per_hop}, and at "
-                         f"least 8 of it: use {nearest}")  # fmt: skip
-    side = media.size // PATCH
-    # Real clips need more components than the ball to be recognised. Few wide tokens cost a fraction of many small ones,
-    # and show as much.
-    return Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
+    sample_rate: int  # Hz
 
 
 # --- The toy world: a ball you can hear. Pitch is height, timbre is colour. -------------------------------------------
 
-FRAMES = 17
+TOY, FRAMES = Media(8, 32, 8000), 17
 PIXELS = torch.arange(TOY.size) / (TOY.size - 1)  # where pixel k lies, as a share of the picture
 THIRDS = 2 * math.pi * torch.arange(3) / 3  # the three colour channels on the hue circle
 
 
 def mirror(q):
-    """Triangle wave: q mirrored into 0..1."""
+    """Triangle wave: q reflected into 0..1."""
     return 1 - (q % 2 - 1).abs()
 
 
 def toy_clips(n, seed, frames=FRAMES):
-    """-> clips, truth: n toy clips; truth {"position": (n, frames, 2) x and y in 0..1, "hue": (n,) in 0..1}."""
+    """-> clips, truth: n toy clips; truth is {"position": (n, frames, 2) x and y in 0..1, "hue": (n,) in 0..1}."""
     draws = np.random.default_rng(seed).random((n, 6))
     parts = [render(torch.from_numpy(d), frames) for d in np.array_split(draws, math.ceil(n / 256))]
-    clips, truth = zip(*parts)
-    return joined(clips), joined(truth)
-
-
-def joined(dicts):
-    return {k: torch.cat([d.pop(k) for d in dicts]) for k in list(dicts[0])}  # pop: parts are freed one by one
+    return tuple({k: torch.cat([part.pop(k) for part in same]) for k in list(same[0])} for same in zip(*parts))
 
 
 def render(draws, frames=FRAMES):
-    """Six uniform numbers a clip, (n, 6) -> clips, truth."""
+    """Six uniform numbers per clip, (n, 6) -> clips, truth."""
     start, velocity, hue, phase = 2 * draws[:, None, :2], 2 * draws[:, None, 2:4] - 1, draws[:, 4:5], draws[:, 5:6]
     position = mirror(start + velocity * torch.arange(frames)[:, None] / TOY.fps)  # (n, frames, 2)
     x, y = (0.18 + 0.64 * position).float()[..., None, None, :].unbind(-1)
@@ -102,7 +62,7 @@ def render(draws, frames=FRAMES):
     video = torch.sigmoid(30 * (0.16 - distance))[..., None] * colour[:, None, None, None]
     seconds = torch.arange(frames * TOY.sample_rate // TOY.fps) / TOY.sample_rate
     frequency = 300 * 2 ** (1.5 * (1 - mirror(start[..., 1] + velocity[..., 1] * seconds)))  # (n, samples), Hz
-    turns = F.pad((frequency[:, 1:] + frequency[:, :-1]) / 2 / TOY.sample_rate, (1, 0)).cumsum(1)  # trapezoidal
+    turns = F.pad((frequency[:, 1:] + frequency[:, :-1]) / 2 / TOY.sample_rate, (1, 0)).cumsum(1)  # trapezoidal rule
     phi, angle = 2 * math.pi * (phase + turns), 2 * math.pi * hue
     second, third = (0.3 * (0.5 + 0.5 * f(angle)) for f in (torch.cos, torch.sin))
     audio = 0.8 * (0.5 * phi.sin() + second * (2 * phi).sin() + third * (3 * phi).sin())
@@ -115,12 +75,12 @@ def render(draws, frames=FRAMES):
 
 
 class Components(nn.Module):
-    """Principal components: x (..., D) -> z (..., C), every channel with zero mean and unit variance.
+    """Principal components: x (..., D) <-> z (..., C). Every channel of z has zero mean and unit variance.
 
-    If each component were brought to unit variance, the faint ones would weigh as much as the ball itself and the model
-    would spend its time on them; if none were, it would never learn the faint ones. So their standard deviations become
-    their square roots, and a random rotation then spreads the components evenly over the channels; it changes no
-    distance. Channels beyond the rank of the data stay zero: all of them, where the data is constant.
+    If every component had unit variance, the faint ones would weigh as much as the ball itself. If all kept their own
+    variance, the faint ones would never be learned. So each component's standard deviation becomes its square root. Then
+    a random rotation spreads the components evenly over the channels, which changes no distance. Channels beyond the
+    rank of the data stay zero.
     """
 
     def __init__(self, dim, channels):
@@ -130,15 +90,16 @@ class Components(nn.Module):
         self.register_buffer("back", torch.zeros(channels, dim))
 
     def fit(self, x):
+        """x (n, D): the vectors whose components these are."""
         rank = min(self.into.shape[1], *x.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.mean.copy_(x.mean(0))
             _, scale, basis = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)
-            rank = int((scale[:rank] > 1e-5 * x.norm()).sum())  # what is fainter is rounding
-            basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # of the two signs always the same one
+            rank = int((scale[:rank] > 1e-5 * x.norm()).sum())  # fainter components are rounding errors
+            basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # a component's sign is arbitrary: fix it
             rotation = torch.linalg.qr(torch.randn(rank, rank))[0]
-        root = (scale[:rank] / len(x) ** 0.5).sqrt()  # of the components' standard deviations
+        root = (scale[:rank] / len(x) ** 0.5).sqrt()  # square roots of the standard deviations
         std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).norm(dim=0) / len(x) ** 0.5
         self.into[:, :rank] = (basis[:, :rank] / root) @ rotation / std
         self.back[:rank] = std[:, None] * rotation.T @ (basis[:, :rank] * root).T
@@ -153,53 +114,56 @@ class Components(nn.Module):
 class PatchTokenizer(nn.Module):
     """uint8 video (n, 1 + 4 k, H, W, 3) <-> z (n, 1 + k, h, w, d): components of 1-frame, then of 4-frame patches.
 
-    Of a scene that stays, pose and light would fill the later segments too, and a mouth's movement would be one part in
-    a hundred of them. So what a linear regression on the first frame expects is taken off: what moves is left. The
-    paper's causal structure (no frame knows a later one) holds. Where everything moves, `stays` is False.
+    With `residual`, later segments encode the residual of a linear prediction from the first frame. In real clips the
+    scene stays, and its pose and light would otherwise fill the later segments too. No segment depends on later frames,
+    as with the paper's causal tokenizer.
     """
 
-    def __init__(self, modality, size, stays=True):
+    def __init__(self, modality, size, residual=True):
         super().__init__()
-        self.patch, self.stays = size // modality.grid[0], stays
+        self.patch, self.residual = size // modality.grid[0], residual
         self.first = Components(self.patch**2 * 3, modality.channels)
         self.later = Components(4 * self.patch**2 * 3, modality.channels)
-        self.register_buffer("expect", torch.zeros(self.later.into.mT.shape))  # (d, D)
+        self.register_buffer("slope", torch.zeros(self.later.into.mT.shape))  # (d, D) of the linear prediction
 
-    def patches(self, video, frames):  # (n, frames k, H, W, 3) -> (n, k, h, w, D)
+    def patches(self, video, frames):  # (n, k frames, H, W, 3) -> (n, k, h, w, D)
         pattern = "n (k f) (h p) (w q) c -> n k h w (f p q c)"
         return rearrange(video.float() / 255, pattern, f=frames, p=self.patch, q=self.patch)
 
-    def picture(self, x, frames):
+    def pixels(self, x, frames):  # (n, k, h, w, D) -> (n, k frames, H, W, 3)
         pattern = "n k h w (f p q c) -> n (k f) (h p) (w q) c"
         return rearrange(x, pattern, f=frames, p=self.patch, q=self.patch, c=3)
 
     def fit(self, video):
-        self.first.fit(rows(lambda part: self.patches(part[:, ::4], 1), video))  # any frame may serve as a first one
+        self.first.fit(features_of(lambda x: self.patches(x[:, ::4], 1), video))  # every frame can be a first one
 
-        def both(part):  # the first frame's latents beside each later patch
-            later, z = self.patches(part[:, 1:], 4), self.first.encode(self.patches(part[:, :1], 1))
+        def pairs(x):  # the first frame's latents beside each later patch
+            later, z = self.patches(x[:, 1:], 4), self.first.encode(self.patches(x[:, :1], 1))
             return torch.cat([z.expand(*later.shape[:-1], -1), later], -1)
 
-        z, later = rows(both, video).split(self.expect.shape, -1)
-        if self.stays:
-            self.expect.copy_(torch.linalg.pinv(z, rtol=1e-2) @ (later - later.mean(0)))
-        self.later.fit(later - z @ self.expect)
+        z, later = features_of(pairs, video).split(self.slope.shape, -1)
+        if self.residual:
+            self.slope.copy_(torch.linalg.pinv(z, rtol=1e-2) @ (later - later.mean(0)))
+        self.later.fit(later - z @ self.slope)
 
     def encode(self, video):
         z = self.first.encode(self.patches(video[:, :1], 1))
-        return torch.cat([z, self.later.encode(self.patches(video[:, 1:], 4) - z @ self.expect)], 1)
+        return torch.cat([z, self.later.encode(self.patches(video[:, 1:], 4) - z @ self.slope)], 1)
 
     def decode(self, z):
-        first, later = self.first.decode(z[:, :1]), self.later.decode(z[:, 1:]) + z[:, :1] @ self.expect
-        video = torch.cat([self.picture(first, 1), self.picture(later, 4)], 1)
+        first, later = self.first.decode(z[:, :1]), self.later.decode(z[:, 1:]) + z[:, :1] @ self.slope
+        video = torch.cat([self.pixels(first, 1), self.pixels(later, 4)], 1)
         return (255 * video.clamp(0, 1)).round().byte()
 
 
-class SpectrumTokenizer(nn.Module):
-    """float32 sound (n, samples) <-> z (n, N, d): components of the square-root magnitudes of a segment's frames.
+HOPS = 8  # spectrum frames in one audio segment
 
-    A segment has 8 frames, one centred on each hop, in windows of about two hops: it hears half a hop beyond its ends.
-    Phase is not kept; Griffin-Lim finds one that fits. Sound after the last whole segment is trimmed.
+
+class SpectrumTokenizer(nn.Module):
+    """float32 sound (n, samples) <-> z (n, N, d): components of the square-root magnitudes of a segment's spectra.
+
+    A segment has 8 spectra, one centred on each hop, in windows of about two hops. Phases are not kept; Griffin-Lim
+    finds phases that fit. Sound after the last whole segment is trimmed.
     """
 
     def __init__(self, modality, sample_rate):
@@ -214,19 +178,19 @@ class SpectrumTokenizer(nn.Module):
         return torch.stft(sound, self.size, self.hop, window=self.window, center=False, return_complex=True)
 
     def istft(self, spectrum):
-        """Least squares: overlap-add, over the sum of squared windows. (torch.istft refuses windows that end in 0.)"""
+        """Least squares: overlap-add, divided by the sum of squared windows. torch.istft refuses windows that end in 0."""
 
-        def overlap(x):  # (n, size, hops) -> (n, samples)
+        def overlap_add(x):  # (n, size, hops) -> (n, samples)
             length = (x.shape[-1] - 1) * self.hop + self.size
             return F.fold(x, (1, length), (1, self.size), stride=(1, self.hop)).flatten(1)
 
         window = self.window[:, None]
-        sound = overlap(torch.fft.irfft(spectrum, self.size, dim=1) * window)
-        return sound / overlap((window**2).expand(1, -1, spectrum.shape[-1])).clamp(min=1e-8)
+        sound = overlap_add(torch.fft.irfft(spectrum, self.size, dim=1) * window)
+        return sound / overlap_add((window**2).expand(1, -1, spectrum.shape[-1])).clamp(min=1e-8)
 
     def griffin_lim(self, magnitude, rounds=60, momentum=0.99):  # (n, lines, hops) -> (n, samples)
-        seed = torch.Generator().manual_seed(0)  # the same first guess for every clip, whatever the batch
-        phase = 2 * math.pi * torch.rand(magnitude.mT.shape[1:], generator=seed).T.to(magnitude.device)
+        generator = torch.Generator().manual_seed(0)  # the same first phases for every clip, whatever the batch
+        phase = 2 * math.pi * torch.rand(magnitude.mT.shape[1:], generator=generator).T.to(magnitude.device)
         angle, before = torch.polar(torch.ones_like(phase), phase), 0
         for _ in range(rounds):
             now = self.stft(self.istft(magnitude * angle))
@@ -236,26 +200,26 @@ class SpectrumTokenizer(nn.Module):
         return self.istft(magnitude * angle)[:, start : start + magnitude.shape[-1] * self.hop]
 
     def features(self, sound):
-        # A window that reached into the silence beyond the clip would hear a click: it is moved inside.
         start = torch.arange(self.N * HOPS) * self.hop - (self.size - self.hop) // 2
-        start = start.clamp(0, self.N * HOPS * self.hop - self.size)
+        start = start.clamp(0, self.N * HOPS * self.hop - self.size)  # windows at the ends move inside the clip
         frames = sound[:, start[:, None] + torch.arange(self.size)]  # (n, hops, size)
         magnitude = torch.fft.rfft(frames * self.window).abs()
         return rearrange(magnitude.sqrt(), "n (k hops) lines -> n k (hops lines)", hops=HOPS)
 
     def fit(self, sound):
-        self.bins.fit(rows(self.features, sound))
+        self.bins.fit(features_of(self.features, sound))
 
     def encode(self, sound):
         return self.bins.encode(self.features(sound))
 
-    def decode(self, z):  # of any number of segments
+    def decode(self, z):
+        """z (n, N, d) with any number N of segments -> sound."""
         root = rearrange(self.bins.decode(z), "n k (hops lines) -> n lines (k hops)", hops=HOPS)
         return self.griffin_lim(root.clamp(min=0) ** 2).clamp(-1, 1)
 
 
 class Standardize(nn.Module):
-    """Latents of any other tokenizer <-> z: zero mean and unit variance per channel, nothing else."""
+    """Latents of another tokenizer <-> z: zero mean and unit variance per channel, nothing else."""
 
     def __init__(self, modality):
         super().__init__()
@@ -275,15 +239,10 @@ class Standardize(nn.Module):
 
 
 class Tokenizers(nn.ModuleDict):
-    """The tokenizer of every modality: clips <-> z (n, E)."""
+    """One tokenizer per modality: clips <-> z (n, E)."""
 
-    def __init__(self, data, layout, media):
-        parts = {m.name: Standardize(m) for m in layout.modalities}
-        if not is_latents(data):
-            video, audio = layout.modalities
-            parts = {"video": PatchTokenizer(video, media.size, stays=data != "toy")}
-            parts["audio"] = SpectrumTokenizer(audio, media.sample_rate)
-        super().__init__(parts)
+    def __init__(self, layout, tokenizers):
+        super().__init__(tokenizers)
         self.layout = layout
 
     def fit(self, clips):
@@ -298,32 +257,153 @@ class Tokenizers(nn.ModuleDict):
 
 
 def in_chunks(function, x, size=32):
-    """Apply a function to a few clips at a time, to bound memory. x: (n, ...), or n clips that may overlap in memory."""
+    """function(x), a few clips at a time, to bound memory. x is (n, ...) or a list of n clips, which may share memory."""
     return torch.cat([function(torch.stack([*x[i : i + size]])) for i in range(0, len(x), size)])
 
 
-def rows(features, x, clips=1024, most=2**26):
-    """features(x) as (rows, D) to fit components on: of `clips` clips at random, for folders are in order, all rows or
-    a random share of them that holds about `most` numbers (256 MiB)."""
+def features_of(function, x, clips=1024, most=2**26):
+    """function(x) as (n, D), to fit components on: of `clips` random clips, and of their vectors a random share that
+    holds about `most` numbers (256 MiB), or all."""
     generator = torch.Generator().manual_seed(0)
     chosen = [x[i] for i in torch.randperm(len(x), generator=generator)[:clips].sort().values]
-    share = most / (len(chosen) * features(chosen[0][None]).numel())
+    share = most / (len(chosen) * function(chosen[0][None]).numel())
 
     def some(part):
-        every = features(part).flatten(0, -2)
-        return every[torch.rand(len(every), generator=generator) < share]
+        vectors = function(part).flatten(0, -2)
+        return vectors[torch.rand(len(vectors), generator=generator) < share]
 
     return in_chunks(some, chosen)
 
 
-# --- Folders of clips, files of latents -------------------------------------------------------------------------------
+# --- The three kinds of data ------------------------------------------------------------------------------------------
+# Each has a default preset and format, and knows its layout, its tokenizers, its training clips and its held-out clips.
+# A checkpoint brings its own layout, so that sampling needs no data where nothing is given.
+
+
+def kind_of(path):
+    """The class for what `--data` names."""
+    return ToyWorld if path == "toy" else Latents if str(path).lower().endswith(".npz") else Folder
+
+
+class ToyWorld:
+    """4096 training clips (seed 0) and 1024 held-out clips (seed 1)."""
+
+    preset, media, decodes = "toy", TOY, True  # decodes: from latents to picture and sound
+
+    def __init__(self, path, media, layout=None):
+        refuse_media(path, media)
+        self.layout = layout or Layout(PRESETS["toy"].modalities)
+
+    def tokenizers(self):
+        video, audio = self.layout.modalities
+        parts = {"video": PatchTokenizer(video, TOY.size, residual=False), "audio": SpectrumTokenizer(audio, TOY.sample_rate)}
+        return Tokenizers(self.layout, parts)
+
+    def training_clips(self):
+        """-> clips, names of held-out files."""
+        return toy_clips(4096, 0)[0], []
+
+    def held_out_clips(self, names, count, seconds):
+        """-> clips: at most `count` of them, `seconds` long."""
+        return toy_clips(min(count, 1024), 1, round(seconds * TOY.fps))[0]
+
+
+class Folder:
+    """Clips with picture and sound, in any container that ffmpeg reads. A tenth of the usable files is held out.
+
+    Raises ValueError if the folder is missing or the format does not suit the tokenizers.
+    """
+
+    preset, media, decodes = "clips", Media(8, 64, 16000), True
+    PATCH = 32  # pixels of a token
+
+    def __init__(self, path, media, layout=None):
+        self.path, self.media = Path(path), media
+        if layout is None and not self.path.is_dir():
+            raise ValueError(f"--data {path} is neither toy nor a folder nor a .npz file")
+        if media.size % self.PATCH:
+            raise ValueError(f"--size {media.size} is not a multiple of {self.PATCH}")
+        per_hop = HOPS * media.fps
+        if media.sample_rate % per_hop or media.sample_rate < 8 * per_hop:
+            nearest = per_hop * max(8, round(media.sample_rate / per_hop))
+            raise ValueError(f"--sample-rate {media.sample_rate} must be a multiple of {HOPS} x --fps = {per_hop}, and "
+                             f"at least 8 times that: use {nearest}")  # fmt: skip
+        side = media.size // self.PATCH
+        # Few tokens with many channels cost a fraction of many small tokens, and show as much.
+        self.layout = layout or Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
+
+    def tokenizers(self):
+        video, audio = self.layout.modalities
+        parts = {"video": PatchTokenizer(video, self.media.size), "audio": SpectrumTokenizer(audio, self.media.sample_rate)}
+        return Tokenizers(self.layout, parts)
+
+    def training_clips(self):
+        """-> clips, names of held-out files. A window starts at every frame; windows are views that share memory."""
+        paths = sorted(path for path in self.path.iterdir() if path.is_file() and not path.name.startswith("."))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for one ffmpeg
+            parts = dict(usable(paths, lambda path: clip_windows(path, self.layout, self.media, every=1), pool.map))
+        if not parts:
+            raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}")
+        names = held_out(parts)
+        return joined([parts[name] for name in parts if name not in names or len(parts) == 1]), names
+
+    def held_out_clips(self, names, count, seconds):
+        """-> clips: at most `count` windows of the files in `names`, `seconds` long."""
+        parts, paths = [], [self.path / name for name in names]
+        for _, clips in usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds)):
+            parts.append(clips)
+            if sum(len(part["video"]) for part in parts) >= count:
+                break
+        if not parts:
+            raise ValueError(f"none of the {len(names)} held-out files of {self.path} can be used: --input names another clip")
+        return {name: torch.stack(x[:count]) for name, x in joined(parts).items()}
+
+
+class Latents:
+    """A .npz of latents. Every tenth clip is held out. Raises ValueError if the file cannot be used."""
+
+    preset, media, decodes = "clips", TOY, False
+
+    def __init__(self, path, media, layout=None):
+        refuse_media(path, media)
+        self.path, self.layout = path, layout or read_latents(path)[1]
+
+    def tokenizers(self):
+        return Tokenizers(self.layout, {m.name: Standardize(m) for m in self.layout.modalities})
+
+    def training_clips(self):
+        latents, _ = read_latents(self.path)
+        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, []
+
+    def held_out_clips(self, names, count, seconds):
+        return {name: x[::10][:count] for name, x in read_latents(self.path)[0].items()}
+
+
+def refuse_media(path, media):
+    if media != TOY:
+        raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {path}")
+
+
+def held_out(names):
+    """A tenth of the names, by a hash, so that one more file does not move any other. At least one, and not all."""
+    rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
+    tenth = sorted(name for name in names if rank[name] % 10 == 0)
+    return tenth if 0 < len(tenth) < len(rank) else [min(names, key=rank.get)]
+
+
+def joined(parts):
+    """Dicts of lists -> the dict of the joined lists."""
+    return {name: [x for part in parts for x in part[name]] for name in parts[0]}
+
+
+# --- Reading files ----------------------------------------------------------------------------------------------------
 
 
 def ffmpeg(path, *arguments):
-    """Run imageio's ffmpeg on one file -> what it says. ValueError for a file that takes too long.
+    """Run imageio's ffmpeg on one file -> its messages. Raises ValueError if it takes longer than 15 minutes.
 
-    It reads an open file and may open nothing else: a playlist is refused, whatever it names, and no name is ever taken
-    for an option or a pattern. It also refuses files with blocks of 500 MB.
+    ffmpeg reads an open file and may open nothing else. So a playlist is refused, and no file name is ever taken for an
+    option or a pattern. It also refuses files with blocks of more than 500 MB.
     """
     if not Path(path).is_file():
         raise ValueError("there is no such file")
@@ -337,36 +417,22 @@ def ffmpeg(path, *arguments):
     return done.stderr.decode(errors="replace")
 
 
-def best_streams(path):
-    """-> "0:i" of the largest picture, "0:j" of the finest sound; ValueError where one is missing."""
-    text = ffmpeg(path)  # without an output ffmpeg lists the streams and stops; metadata stand further to the right
-    best = {}
-    for index, kind, line in re.findall(r"^  Stream #(0:\d+).*?: (Video|Audio): (.*)", text, re.MULTILINE):
-        size = re.search(r"\b([1-9]\d*)x(\d+)\b" if kind == "Video" else r"\b(\d+) Hz", line)
-        if size and "attached pic" not in line:
-            area = math.prod(int(x) for x in size.groups())
-            best[kind] = max(best.get(kind, (0, "")), (area, index), key=lambda pair: pair[0])
-    for kind, word in (("Video", "picture"), ("Audio", "sound")):
-        if kind not in best:
-            raise ValueError(f"no {word}" if best else "ffmpeg finds neither picture nor sound in it")
-    return best["Video"][1], best["Audio"][1]
-
-
 def decode_clip(path, media):
-    """-> uint8 (F, size, size, 3), float32 (samples,) of its first hour, resampled and centre cropped. ValueError.
+    """-> uint8 (F, size, size, 3), float32 (samples,): its first hour, resampled and centre cropped. Raises ValueError.
 
-    One call decodes both, and so measures their times from one origin. What starts later than the other is preceded by
-    its first frame, or by silence.
+    ffmpeg chooses the streams. One call decodes both, so their times have one origin. If one stream starts later than
+    the other, its first frame is repeated, or silence is put before it.
     """
-    video, audio = best_streams(path)
-    square = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # of what is seen: pixels need not be square
-    picture = ["-map", video, "-vf", f"fps={media.fps}:start_time=0,{square},scale={media.size}:{media.size}"]
+    square = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # the sample aspect ratio, sar: pixels need not be square
+    picture = ["-an", "-vf", f"fps={media.fps}:start_time=0,{square},scale={media.size}:{media.size}"]
     picture += ["-t", "3600", "-f", "rawvideo", "-pix_fmt", "rgb24"]
-    sound = ["-map", audio, "-af", "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"]
+    sound = ["-vn", "-af", "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"]
     sound += ["-t", "3600", "-ar", str(media.sample_rate), "-f", "wav", "-c:a", "pcm_f32le"]
     with tempfile.TemporaryDirectory() as folder:
         pixels, wav = Path(folder, "pixels"), Path(folder, "wav")
         error = ffmpeg(path, "-v", "error", *picture, pixels, *sound, wav)
+        if "does not contain any stream" in error:
+            raise ValueError("no picture" if "out#0" in error else "no sound")
         try:
             frames, shape = np.fromfile(pixels, np.uint8), (-1, media.size, media.size, 3)
             frames = frames[: frames.size - frames.size % math.prod(shape[1:])].reshape(shape)
@@ -376,18 +442,18 @@ def decode_clip(path, media):
     if not len(frames) or not len(samples):
         raise ValueError(f"ffmpeg cannot decode it ({(error.splitlines() or ['no output'])[-1]})")
     left, right = torch.from_numpy(samples).nan_to_num().mT[[0, -1]]
-    phase = 1 if left @ right >= 0 else -1  # or two channels that mirror each other would be silent
-    return torch.from_numpy(frames), ((left + phase * right) / 2).clamp(-1, 1)
+    sign = 1 if left @ right >= 0 else -1  # the mean of two channels in opposite phase would be silent
+    return torch.from_numpy(frames), ((left + sign * right) / 2).clamp(-1, 1)
 
 
 def clip_windows(path, layout, media, seconds=None, every=None):
-    """Decode a clip and cut it into windows of the model's length, or as long as one likes -> clips, as lists of views.
+    """Decode a clip and cut it into windows -> {"video": list of views, "audio": list of views}.
 
-    They start `every` so many frames, or end to end. ValueError if it is too short, or silent all through.
+    Windows are `seconds` long, or as long as the layout. One starts every `every` frames, or at the end of the one
+    before. Raises ValueError if the clip is too short for one window, or silent.
     """
     video, audio = decode_clip(path, media)
-    need, sound = (m.edges[-1] for m in layout.modalities)  # seconds
-    need, sound = seconds or need, seconds or sound
+    need, sound = (seconds or m.edges[-1] for m in layout.modalities)
     frames, samples = round(need * media.fps), round(sound * media.sample_rate)
     starts = [(k, round(k / media.fps * media.sample_rate)) for k in range(0, len(video) - frames + 1, every or frames)]
     starts = [(frame, sample) for frame, sample in starts if sample + samples <= len(audio)]
@@ -403,7 +469,7 @@ def clip_windows(path, layout, media, seconds=None, every=None):
 
 
 def usable(paths, read, map=map):
-    """Yield (name, read(path)) of all files that can be read, and name the others on stderr. Shows progress."""
+    """Yields (name, read(path)) for every file that can be read, names the others on stderr, and shows progress."""
 
     def attempt(path):
         try:
@@ -420,59 +486,10 @@ def usable(paths, read, map=map):
             print(f"read {done} of {len(paths)}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
 
-def set_aside(names):
-    """-> the held-out ones of a folder's usable files: a tenth, by a hash of the name, so that one more file moves no
-    other. One at least, and not all; with a single file it is also trained on."""
-    rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
-    held = sorted(name for name in names if rank[name] % 10 == 0)
-    return held if 0 < len(held) < len(rank) else [min(names, key=rank.get)]
-
-
-def chained(parts):
-    """Dicts of lists -> the dict of the lists one after the other."""
-    return {name: [x for part in parts for x in part[name]] for name in parts[0]}
-
-
-def training_clips(data, layout, media):
-    """-> clips to train on, names of the held-out files. Toy: 4096 clips, seed 0; a .npz: nine tenths of its clips; a
-    folder: windows that begin at every frame, as lists of views."""
-    if data == "toy":
-        return toy_clips(4096, 0)[0], []
-    if is_latents(data):
-        latents, _ = read_latents(data)
-        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, []
-    paths = sorted(path for path in Path(data).iterdir() if path.is_file() and not path.name.startswith("."))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # of threads that wait for an ffmpeg each
-        parts = dict(usable(paths, lambda path: clip_windows(path, layout, media, every=1), pool.map))
-    if not parts:
-        raise ValueError(f"no usable clip among the {len(paths)} files of {data}")
-    held = set_aside(parts)
-    return chained([parts[name] for name in parts if name not in held or len(parts) == 1]), held
-
-
-def held_clips(data, held, layout, media, count, seconds):
-    """-> the first `count` held-out clips, `seconds` long. Toy: of 1024, seed 1; a .npz: every tenth clip, as it is;
-    a folder: windows of the files that `held` names."""
-    if data == "toy":
-        return toy_clips(min(count, 1024), 1, round(seconds * media.fps))[0]
-    if is_latents(data):
-        return {name: x[::10][:count] for name, x in read_latents(data)[0].items()}
-    parts, paths = [], [Path(data, name) for name in held]
-    for _, clips in usable(paths, lambda path: clip_windows(path, layout, media, seconds)):
-        parts.append(clips)
-        if sum(len(part["video"]) for part in parts) >= count:
-            break
-    if not parts:
-        raise ValueError(
-            f"none of the {len(held)} files of {data} that were set aside can be used: --input names another"
-        )
-    return {name: torch.stack(x[:count]) for name, x in chained(parts).items()}
-
-
 def read_latents(path):
-    """-> latents, a dict of float32 (n, N_m, *grid, d_m), and their Layout. ValueError says what is wrong.
+    """-> latents, a dict of float32 (n, N_m, *grid, d_m), and their Layout. Raises ValueError if the file cannot be used.
 
-    Every pair of arrays X and X_edges is a modality. "video", or else the first, is the time reference.
+    Every pair of arrays X and X_edges is a modality. "video", or else the first name, is the time reference.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -493,30 +510,10 @@ def read_latents(path):
             raise ValueError(f"{path}: {name} {z.shape} does not fit {name}_edges {edges.shape}, or {names[0]}'s clips")
         if len(z) < 2 or not z.size:
             raise ValueError(f"{path}: {name} {z.shape} is too little: two clips or more, and no axis of length 0")
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is named below
+        with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, and are named below
             z, edges = z.astype(np.float32), edges.astype(np.float64)
         if not (np.isfinite(z).all() and np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
             raise ValueError(f"{path}: {name} holds values that are not finite, or edges that do not rise")
         latents[name] = torch.from_numpy(z)
         modalities.append(Modality(name, z.shape[2:-1], z.shape[-1], tuple(edges.tolist())))
     return latents, Layout(modalities)
-
-
-# --- What a training step sees: a function of (seed, step, position in the batch) alone -------------------------------
-# A resumed run, another number of processes and another device see the batches they would have seen.
-
-
-def draw(seed, step, examples, batch, mixture, layout, T):
-    """-> index (B,) of the examples, t (B, S), and the coin of self-conditioning, true at the paper's 0.9 [App. B]."""
-    word = np.random.SeedSequence([seed, step]).generate_state(1)  # torch's generator keeps 32 bits of a seed
-    generator = torch.Generator().manual_seed(int(word[0]))
-    index = torch.randint(examples, (batch,), generator=generator)
-    t = sample_timesteps(mixture, layout, batch, T, generator)
-    return index, t, torch.rand((), generator=generator).item() < 0.9
-
-
-def draw_noise(seed, step, rows, E):
-    """eps (len(rows), E) of these rows of the batch: a process draws its own rows, and none that others need."""
-    words = np.random.SeedSequence([seed, step, 1]).generate_state(int(rows.max()) + 1)
-    generators = [torch.Generator().manual_seed(int(words[row])) for row in rows.tolist()]
-    return torch.stack([torch.randn(E, generator=generator) for generator in generators])
