@@ -13,8 +13,8 @@ The same letters are used in comments, code and tests:
     z      latents, (B, E)                   t      timestep vector, int64 (B, S); 0 is clean, T is noise
     a, s   signal scale sqrt(alpha_bar) and noise scale sqrt(1 - alpha_bar) at the timestep of each element
     tau    the timestep that all segments to be generated share during sampling
-z stores a clip modality by modality and segment by segment. A Layout knows what lies where. A mask over segments, (B, S)
-or (S,), is called `given`; the same mask over elements is `given_e`.
+z stores a clip modality by modality and segment by segment; a Layout knows what lies where. A mask over segments,
+(B, S) or (S,), is called `given`; the same mask over elements, (B, E), is `given_e`.
 """
 
 import math
@@ -153,14 +153,16 @@ def task_mask(task, layout):
         return layout.of(["audio"] if task == "a2v" else ["video"])
     if task == "inpaint":
         return layout.within(*edges[:2]) | layout.within(*edges[-2:])
-    return layout.within(edges[0], edges[1] if task == "continue-2s" else edges[:3][-1])  # the reference may have 1 segment
+    return layout.within(
+        edges[0], edges[1] if task == "continue-2s" else edges[:3][-1]
+    )  # there may be one segment only
 
 
 # --- The timestep vector [Sec. 3.1, Sec. 3.2, Alg. 1] -----------------------------------------------------------------
 
 
 def coincident(layout):
-    """int64 (S,): the reference segment that contains each segment's midpoint, or the last one [Sec. 3.1, footnote 4]."""
+    """(S,): the reference's segment that contains each segment's midpoint, or its last one [Sec. 3.1, footnote 4]."""
     boundaries = layout.starts[1 : layout.lengths[0]]
     return torch.bucketize((layout.starts + layout.ends) / 2, boundaries, right=True)
 
@@ -177,21 +179,16 @@ for task in TASKS:  # task-specific training [Eq. 3, Table 1]: t = 0 where the t
     STRATEGIES[f"task:{task}"] = lambda t_ref, layout, task=task: torch.where(task_mask(task, layout), 0, t_ref[:, :1])
 
 
-def parse_mixture(mixture):
-    """ "pt+pm+pm" -> ["pt", "pm", "pm"]. "monl" stands for its four strategies. ValueError names the valid words."""
+def sample_timesteps(mixture, layout, batch, T, generator=None):
+    """Draw one timestep vector per example [Alg. 1]: int64 (B, S), from 1 to T (0 where a task:NAME gives).
+
+    `mixture` is "monl", a name in STRATEGIES, or a sum such as "pt+pm+pm". Each term is equally likely, and "monl" counts
+    as its four strategies. Raises ValueError if a name is unknown.
+    """
     names = []
     for name in mixture.replace(" ", "").split("+"):
         check_choice("strategy", name, ("monl", *STRATEGIES))
         names += MONL if name == "monl" else (name,)
-    return names
-
-
-def sample_timesteps(mixture, layout, batch, T, generator=None):
-    """Draw one timestep vector per example [Alg. 1]: int64 (B, S), from 1 to T (0 where a task:NAME gives).
-
-    `mixture` is "monl", a name in STRATEGIES, or a sum such as "pt+pm+pm". Each term is equally likely.
-    """
-    names = parse_mixture(mixture)
     t_ref = torch.randint(1, T + 1, (batch, layout.S), generator=generator)  # line 4
     choice = torch.randint(len(names), (batch,), generator=generator)  # line 3; Alg. 1 runs once per example
     t = torch.stack([STRATEGIES[name](t_ref, layout) for name in names])  # (strategies, B, S)
@@ -230,7 +227,7 @@ class Block(nn.Module):
         shift1, scale1, shift2, scale2 = layout.per_token(self.ada(cond)).chunk(4, -1)  # (B, L, d) each
         y = self.norm(x) * (1 + scale1) + shift1
         q, k, v = rearrange(self.qkv(y), "b l (three h e) -> three b h l e", three=3, h=self.heads)
-        # Query-key normalisation [Dehghani et al. 2023, ViT-22B], without parameters: it keeps attention logits bounded.
+        # Query-key normalisation (ViT-22B, Dehghani et al. 2023), without parameters, bounds the attention logits.
         q, k = (F.layer_norm(x, x.shape[-1:]) for x in (q, k))
         y = F.scaled_dot_product_attention(q, k, v)  # every token attends to all tokens of all modalities
         x = x + self.attend(rearrange(y, "b h l e -> b l (h e)"))
@@ -297,8 +294,8 @@ class AVDiT(nn.Module):
 def predict(model, schedule, layout, z, t, z0_prev=None):
     """Call the model and turn its prediction into estimates of z0 and eps, (B, E) each.
 
-    The paper's network regresses eps. W.A.L.T's, which the paper builds on, regresses v = a eps - s z0. A network may
-    also regress z0. Each of them and z_t = a z0 + s eps give the other two. Where t = 0, the estimate of z0 is z itself.
+    The paper's network regresses eps. W.A.L.T's, which the paper builds on, regresses v = a eps - s z0. Others regress
+    z0. Each of them and z_t = a z0 + s eps give the other two. Where t = 0, the estimate of z0 is z itself.
     """
     out, (a, s) = model(z, t, z0_prev), schedule.scales(layout, t)
     if model.prediction == "eps":
@@ -344,8 +341,8 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
 def ddpm_step(z, z0_hat, eps_hat, now, then, noise):
     """Line 5 of [Alg. 3] and line 7 of [Alg. 4], with sigma^2 = beta.
 
-    DIFFERS FROM PAPER: Sec. 2 prints the factor sqrt(alpha) in mu; the algorithms print 1 / sqrt(alpha), which is right.
-    Line 5 of Alg. 3 prints alpha_bar with index t where tau is meant.
+    DIFFERS FROM PAPER: Sec. 2 prints the factor sqrt(alpha) in mu. The algorithms print 1 / sqrt(alpha), which is
+    right. Line 5 of Alg. 3 prints alpha_bar with index t where tau is meant.
     """
     (a, s), (a_next, s_next) = now, then
     alpha = (a / a_next) ** 2  # of a step from t to t_next, which may skip timesteps
@@ -369,11 +366,8 @@ def noise_like(z, generator=None):
 
 
 def respaced(T, steps, device=None):
-    """The timesteps of K = `steps` sampling steps: round(linspace(T, 0, K + 1)). K = T is Alg. 3 itself.
-
-    Returns a list of scalar tensors, because Python numbers would compile a new XLA program for every step. Raises
-    ValueError unless 1 <= steps <= T.
-    """
+    """The timesteps of K = `steps` sampling steps, round(linspace(T, 0, K + 1)). K = T is Alg. 3 itself. ValueError if
+    K > T. They are tensors, because Python numbers would make XLA compile a new program for every step."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: use 1 to {T}")
     taus = torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long()
@@ -475,7 +469,7 @@ class Preset:
 
 PRESETS = {
     # The toy world of data.py. It predicts z0: with eps the two modalities stay unrelated, and v blurs the ball, because
-    # one token has as many channels as the network is wide and most of v is noise.
+    # a token has as many channels as the network is wide, and most of v is noise.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0",
                   sampler="ddpm", sampling_steps=40),
     # Some hundreds of real clips of 64 x 64 pixels, as data.py reads them.
@@ -497,7 +491,8 @@ def tour():
     def draw(title, t):
         for m, row in zip(layout.modalities, layout.split(t).values()):
             widths = [round((end - start) * 32) for start, end in pairwise(m.edges)]
-            print(f"  {title:12} {m.name:6} |{''.join(shades[x * 9 // 1000] * w for x, w in zip(row.tolist(), widths))}|")
+            picture = "".join(shades[x * 9 // 1000] * width for x, width in zip(row.tolist(), widths))
+            print(f"  {title:12} {m.name:6} |{picture}|")
             title = ""
 
     print("Training: one timestep vector per strategy, from ' ' (clean, t = 0) to '@' (noise, t = T).")

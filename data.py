@@ -78,9 +78,9 @@ class Components(nn.Module):
     """Principal components: x (..., D) <-> z (..., C). Every channel of z has zero mean and unit variance.
 
     If every component had unit variance, the faint ones would weigh as much as the ball itself. If all kept their own
-    variance, the faint ones would never be learned. So each component's standard deviation becomes its square root. Then
-    a random rotation spreads the components evenly over the channels, which changes no distance. Channels beyond the
-    rank of the data stay zero.
+    variance, the faint ones would never be learned. So each component's standard deviation becomes its square root. A
+    random rotation then spreads the components over the channels, so that these have about the same variance. Channels
+    beyond the rank of the data stay zero.
     """
 
     def __init__(self, dim, channels):
@@ -97,7 +97,7 @@ class Components(nn.Module):
             self.mean.copy_(x.mean(0))
             _, scale, basis = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)
             rank = int((scale[:rank] > 1e-5 * x.norm()).sum())  # fainter components are rounding errors
-            basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # a component's sign is arbitrary: fix it
+            basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # makes the arbitrary signs unique
             rotation = torch.linalg.qr(torch.randn(rank, rank))[0]
         root = (scale[:rank] / len(x) ** 0.5).sqrt()  # square roots of the standard deviations
         std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).norm(dim=0) / len(x) ** 0.5
@@ -119,7 +119,7 @@ class PatchTokenizer(nn.Module):
     as with the paper's causal tokenizer.
     """
 
-    def __init__(self, modality, size, residual=True):
+    def __init__(self, modality, size, residual):
         super().__init__()
         self.patch, self.residual = size // modality.grid[0], residual
         self.first = Components(self.patch**2 * 3, modality.channels)
@@ -178,7 +178,7 @@ class SpectrumTokenizer(nn.Module):
         return torch.stft(sound, self.size, self.hop, window=self.window, center=False, return_complex=True)
 
     def istft(self, spectrum):
-        """Least squares: overlap-add, divided by the sum of squared windows. torch.istft refuses windows that end in 0."""
+        """Overlap-add, divided by the sum of squared windows. torch.istft refuses windows that end in 0."""
 
         def overlap_add(x):  # (n, size, hops) -> (n, samples)
             length = (x.shape[-1] - 1) * self.hop + self.size
@@ -256,8 +256,15 @@ class Tokenizers(nn.ModuleDict):
         return {name: in_chunks(self[name].decode, x) for name, x in self.layout.unpack(z).items()}
 
 
+def media_tokenizers(layout, media, residual):
+    """The tokenizers of clips with picture and sound."""
+    video, audio = layout.modalities
+    picture, sound = PatchTokenizer(video, media.size, residual), SpectrumTokenizer(audio, media.sample_rate)
+    return Tokenizers(layout, {"video": picture, "audio": sound})
+
+
 def in_chunks(function, x, size=32):
-    """function(x), a few clips at a time, to bound memory. x is (n, ...) or a list of n clips, which may share memory."""
+    """function(x), a few clips at a time, to bound memory. x: (n, ...), or a list of n clips that may share memory."""
     return torch.cat([function(torch.stack([*x[i : i + size]])) for i in range(0, len(x), size)])
 
 
@@ -285,19 +292,25 @@ def kind_of(path):
     return ToyWorld if path == "toy" else Latents if str(path).lower().endswith(".npz") else Folder
 
 
+def open_data(path, media, layout=None):
+    """An object of that class. Raises ValueError if the data cannot be used, or not in this format."""
+    kind = kind_of(path)
+    if kind is not Folder and media != kind.media:
+        raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {path}")
+    return kind(path, media, layout)
+
+
 class ToyWorld:
     """4096 training clips (seed 0) and 1024 held-out clips (seed 1)."""
 
-    preset, media, decodes = "toy", TOY, True  # decodes: from latents to picture and sound
+    preset, media = "toy", TOY
+    decodes = True  # latents become picture and sound
 
     def __init__(self, path, media, layout=None):
-        refuse_media(path, media)
         self.layout = layout or Layout(PRESETS["toy"].modalities)
 
     def tokenizers(self):
-        video, audio = self.layout.modalities
-        parts = {"video": PatchTokenizer(video, TOY.size, residual=False), "audio": SpectrumTokenizer(audio, TOY.sample_rate)}
-        return Tokenizers(self.layout, parts)
+        return media_tokenizers(self.layout, TOY, residual=False)  # the whole scene moves
 
     def training_clips(self):
         """-> clips, names of held-out files."""
@@ -309,12 +322,10 @@ class ToyWorld:
 
 
 class Folder:
-    """Clips with picture and sound, in any container that ffmpeg reads. A tenth of the usable files is held out.
+    """Clips with picture and sound, in any container that ffmpeg reads. A tenth of the usable files is held out."""
 
-    Raises ValueError if the folder is missing or the format does not suit the tokenizers.
-    """
-
-    preset, media, decodes = "clips", Media(8, 64, 16000), True
+    preset, media = "clips", Media(8, 64, 16000)
+    decodes = True
     PATCH = 32  # pixels of a token
 
     def __init__(self, path, media, layout=None):
@@ -333,9 +344,7 @@ class Folder:
         self.layout = layout or Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
 
     def tokenizers(self):
-        video, audio = self.layout.modalities
-        parts = {"video": PatchTokenizer(video, self.media.size), "audio": SpectrumTokenizer(audio, self.media.sample_rate)}
-        return Tokenizers(self.layout, parts)
+        return media_tokenizers(self.layout, self.media, residual=True)
 
     def training_clips(self):
         """-> clips, names of held-out files. A window starts at every frame; windows are views that share memory."""
@@ -355,17 +364,17 @@ class Folder:
             if sum(len(part["video"]) for part in parts) >= count:
                 break
         if not parts:
-            raise ValueError(f"none of the {len(names)} held-out files of {self.path} can be used: --input names another clip")
+            raise ValueError(f"none of the {len(names)} held-out files of {self.path} can be used: use --input")
         return {name: torch.stack(x[:count]) for name, x in joined(parts).items()}
 
 
 class Latents:
-    """A .npz of latents. Every tenth clip is held out. Raises ValueError if the file cannot be used."""
+    """A .npz of latents. Every tenth clip is held out."""
 
-    preset, media, decodes = "clips", TOY, False
+    preset, media = "clips", TOY
+    decodes = False
 
     def __init__(self, path, media, layout=None):
-        refuse_media(path, media)
         self.path, self.layout = path, layout or read_latents(path)[1]
 
     def tokenizers(self):
@@ -377,11 +386,6 @@ class Latents:
 
     def held_out_clips(self, names, count, seconds):
         return {name: x[::10][:count] for name, x in read_latents(self.path)[0].items()}
-
-
-def refuse_media(path, media):
-    if media != TOY:
-        raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {path}")
 
 
 def held_out(names):
@@ -487,7 +491,7 @@ def usable(paths, read, map=map):
 
 
 def read_latents(path):
-    """-> latents, a dict of float32 (n, N_m, *grid, d_m), and their Layout. Raises ValueError if the file cannot be used.
+    """-> latents, a dict of float32 (n, N_m, *grid, d_m), and their Layout. ValueError says why a file cannot be used.
 
     Every pair of arrays X and X_edges is a modality. "video", or else the first name, is the time reference.
     """
@@ -506,10 +510,15 @@ def read_latents(path):
             raise ValueError(f"{path}: {name!r} cannot be a modality's name")
         if z.dtype.kind not in "fiu" or edges.dtype.kind not in "fiu":
             raise ValueError(f"{path}: {name} and {name}_edges must hold real numbers, not {z.dtype} and {edges.dtype}")
-        if z.ndim < 3 or len(z) != len(arrays[names[0]]) or edges.shape != (z.shape[1] + 1,):
-            raise ValueError(f"{path}: {name} {z.shape} does not fit {name}_edges {edges.shape}, or {names[0]}'s clips")
-        if len(z) < 2 or not z.size:
-            raise ValueError(f"{path}: {name} {z.shape} is too little: two clips or more, and no axis of length 0")
+        if (
+            z.ndim < 3
+            or len(z) != len(arrays[names[0]])
+            or edges.shape != (z.shape[1] + 1,)
+            or len(z) < 2
+            or not z.size
+        ):
+            raise ValueError(f"{path}: {name} {z.shape} does not fit {name}_edges {edges.shape} or {names[0]}'s clips, or "
+                             "is too little: two clips or more, and no axis of length 0")  # fmt: skip
         with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, and are named below
             z, edges = z.astype(np.float32), edges.astype(np.float64)
         if not (np.isfinite(z).all() and np.isfinite(edges).all() and (np.diff(edges) > 0).all()):

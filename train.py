@@ -1,19 +1,18 @@
 """Train AVDiT on the toy world, a folder of clips or a file of latents [Alg. 2, App. B]. See `python train.py --help`.
 
-train() is Alg. 2 as a loop. Below it stands what it uses, in this order: what a step draws, devices and processes,
-optimizers, the run and its checkpoint, the log, the command line.
+train() is Alg. 2 as a loop. Below it stands what it uses: what a step draws, devices and processes, optimizers, the run
+with its checkpoint and log, the command line.
 """
 
 import argparse
 import copy
-import csv
 import importlib.util
 import math
 import os
 import sys
 import time
 import zipfile
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,18 +23,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from avdit import PREDICTIONS, PRESETS, NoiseSchedule, parse_mixture, sample_timesteps, training_loss
-from data import Media, kind_of
+from avdit import PREDICTIONS, PRESETS, NoiseSchedule, sample_timesteps, training_loss
+from data import Media, kind_of, open_data
 
-# The training recipe of each preset. Every entry is also a flag of the command line.
+# The training recipe of each preset. Every entry is also a flag.
 RECIPES = {
-    "toy": {"mixture": "monl", "batch": 64, "steps": 3800, "optimizer": "muon", "lr": 4e-3, "warmup": 100,
-            "ema": 0.995, "save_every": 100},
-    "clips": {"mixture": "monl", "batch": 64, "steps": 10_000, "optimizer": "muon", "lr": 6e-3, "warmup": 100,
-              "ema": 0.995, "save_every": 200},
-    "paper": {"mixture": "monl", "batch": 256, "steps": 400_000, "optimizer": "adamw", "lr": 5e-4, "warmup": 5000,
-              "ema": 0.9999, "save_every": 500},
-}  # fmt: skip
+    "toy": {"batch": 64, "steps": 3800, "optimizer": "muon", "lr": 4e-3, "warmup": 100, "ema": 0.995},
+    "clips": {"batch": 64, "steps": 10_000, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "ema": 0.995},
+    "paper": {"batch": 256, "steps": 400_000, "optimizer": "adamw", "lr": 5e-4, "warmup": 5000, "ema": 0.9999},
+}
 
 
 def learning_rate(args, step):
@@ -47,18 +43,18 @@ def learning_rate(args, step):
 def train(args):
     """Alg. 2. Begins the run in args.out, or goes on from its checkpoint."""
     machine = Machine(args.device)
-    machine.check(args.batch, args.accumulate)
-    data = kind_of(args.data)(args.data, media_of(args))
+    micro_batches = machine.rows(args.batch, args.accumulate)
+    data = open_data(args.data, Media(args.fps, args.size, args.sample_rate))
     layout, run = data.layout, Run(args, data, machine)
     z = run.begin()  # latents of all training clips, (n, E)
     schedule = NoiseSchedule().to(machine.device)
     net = machine.share(run.model)
-    net = torch.compile(net) if args.compile else net
+    net = torch.compile(net) if args.compile and not machine.mesh else net  # XLA always compiles
     for step in range(run.step, args.steps):
         index, t, self_conditioning = draw(args, step, len(z), layout, schedule.T)  # lines 2 and 4
         run.set_learning_rate(learning_rate(args, step))
         run.model.zero_grad()
-        for rows in machine.rows(args.batch, args.accumulate):
+        for rows in micro_batches:
             eps = draw_noise(args.seed, step, rows, layout.E)  # line 3
             z0, t_rows, eps = machine.put(z[index[rows]], t[rows], eps)
             with precision(args.dtype, machine.device, layout):
@@ -72,12 +68,12 @@ def train(args):
         average(run.ema, run.model, step, args.ema)
         end_step(machine.device)
         run.finish(step + 1)
-    print(f"\ndone: {run.path}")
+    print(f"done: {run.path}")
 
 
 # --- What a step draws, and the average of the weights ----------------------------------------------------------------
-# A draw depends on (seed, step, row of the batch) alone. So a resumed run, another number of processes and another device
-# all see the same batches.
+# A draw depends on (seed, step, row of the batch) alone. So a resumed run, another number of processes and another
+# device all see the same batches.
 
 
 def draw(args, step, examples, layout, T):
@@ -90,23 +86,21 @@ def draw(args, step, examples, layout, T):
 
 
 def draw_noise(seed, step, rows, E):
-    """eps (len(rows), E) of these rows of the batch. Row r has the seed [seed, step, r + 1]; r + 1, because NumPy takes
-    [seed, step, 0] for [seed, step]."""
+    """eps (len(rows), E) of these rows of the batch. Rows count from 1 in the seed: NumPy takes [.., 0] for [..]."""
     words = [np.random.SeedSequence([seed, step, row + 1]).generate_state(1) for row in rows.tolist()]
     return torch.stack([torch.randn(E, generator=torch.Generator().manual_seed(int(word[0]))) for word in words])
 
 
 @torch.no_grad()
 def average(ema, model, step, decay):
-    """Exponential moving average of the weights [App. B]. The decay is lower at first, or a short run would be sampled
-    from its untrained weights."""
+    """Moving average of the weights [App. B]. The decay is lower at first, so that untrained weights are forgotten."""
     for slow, p in zip(ema.parameters(), model.parameters()):
         slow.lerp_(p, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 # --- Devices and processes. All calls of torch_xla in this project are here. ------------------------------------------
 
-DEVICES = ("auto", "cpu", "cuda", "mps", "xla")
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps", "xla"), ("auto", "fp32", "bf16")
 
 
 def open_device(name):
@@ -137,35 +131,24 @@ def precision(name, device, layout):
     """The precision of a forward pass: "fp32", "bf16" products, or "auto": bf16 if the chip has instructions for it."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "xla":
-        from torch_xla import runtime
-
-        native = runtime.device_type() != "CPU"
-    else:
+    else:  # TPUs have it, MPS is not tried
         chip = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        native = chip.get("avx512_bf16") or chip.get("amx_bf16")
+        native = device.type == "xla" or chip.get("avx512_bf16") or chip.get("amx_bf16")
     enabled = name == "bf16" or (name == "auto" and bool(native))
-    with ExitStack() as stack:
-        # autocast must not cache weights in bf16: the pass without gradient would fill the cache, and the weights of the
-        # pass with gradient would be cut off from it.
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False))
-        if enabled and device.type == "cpu" and sum(m.N * m.P for m in layout.modalities) < 512:
-            # PyTorch's fused attention is slow there. The plain one keeps L^2 numbers per head and layer.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    # On a CPU, PyTorch's fused attention is slow in bf16. The plain one keeps L^2 numbers per head and layer.
+    plain = enabled and device.type == "cpu" and sum(m.N * m.P for m in layout.modalities) < 512
+    attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    # autocast must not cache bf16 weights: the pass with gradient would find those of the pass without.
+    with attention, torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
         yield
 
 
 class Machine:
-    """One device; or several processes with a device each, started by torchrun, which share every batch and average
-    their gradients; or one process that spreads every batch over all XLA devices (SPMD).
-
-    rank   number of this process; only process 0 prints and saves
-    world  number of processes that share a batch
-    """
+    """One device; or `world` processes with a device each, started by torchrun, which share every batch and average
+    gradients; or one process that spreads every batch over all XLA devices (SPMD). Only rank 0 prints and saves."""
 
     def __init__(self, name):
-        self.rank = int(os.environ.get("RANK", "0"))  # torchrun sets it
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = (int(os.environ.get(*what)) for what in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
         self.mesh = None
         if name == "xla" and self.world > 1:
             raise ValueError("--device xla spreads one process over all devices: start it without torchrun")
@@ -176,33 +159,23 @@ class Machine:
             runtime.use_spmd()  # must come before the first tensor on the device
             count = runtime.global_runtime_device_count()
             self.mesh = spmd.Mesh(range(count), (count,), ("batch",))
-            self.rank = runtime.process_index()  # of a pod's hosts, each of which names all examples
-            if runtime.process_count() > 1:
-                import torch_xla.distributed.xla_backend  # noqa: F401  (registers xla://)
-
-                dist.init_process_group("gloo", init_method="xla://")
         self.device = open_device(name)
         if self.world > 1:
             if self.device.type == "cuda":
-                local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-                if local >= count:
-                    raise ValueError(f"--nproc_per_node is more than the {count} GPUs here")
-                torch.cuda.set_device(local)
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
-    def check(self, batch, accumulate):
+    def rows(self, batch, accumulate):
+        """The rows of a batch for this process, one tensor per micro-batch. Raises ValueError if sizes would differ."""
         devices = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
         if batch % (accumulate * devices):
             raise ValueError(f"--batch {batch} is not a multiple of --accumulate {accumulate} x {devices} devices")
-
-    def rows(self, batch, accumulate):
-        """The rows of a batch that this process computes, one tensor per micro-batch."""
-        return [part.chunk(self.world)[self.rank % self.world] for part in torch.arange(batch).chunk(accumulate)]
+        return [part.chunk(self.world)[self.rank] for part in torch.arange(batch).chunk(accumulate)]
 
     def put(self, *tensors):
-        """Tensors (examples, ...) -> the same on the device. With SPMD each XLA device holds its share of the examples."""
+        """Tensors (examples, ...) -> the same on the device. With SPMD each XLA device holds some of the examples."""
         tensors = [x.to(self.device) for x in tensors]
         if self.mesh:
             from torch_xla.distributed import spmd
@@ -243,25 +216,22 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95)
-                update = update / update.norm().clamp(min=1e-7)
-                wide = update if p.shape[0] <= p.shape[1] else update.mT
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                tall, update = p.shape[0] > p.shape[1], p.grad.lerp(momentum, 0.95)
+                x = (update.mT if tall else update) / update.norm().clamp(min=1e-7)
                 for _ in range(3):
-                    gram = wide @ wide.mT
-                    wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
-                update = wide if p.shape[0] <= p.shape[1] else wide.mT
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
                 rate = 0.2 * math.sqrt(max(p.shape)) * group["lr"]  # gives updates the size of AdamW's
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * update)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * (x.mT if tall else x))
 
 
 def make_optimizers(name, model):
-    """-> {name: optimizer}. "adamw" is AdamW for all parameters [App. B]. "muon" is Muon for the matrices of the blocks
-    and AdamW for the rest. The paper gives no betas and no weight decay, so these are ours; Muon's rate (2.5 times
-    AdamW's) and its 3 iterations (5 are usual) were found by trial on the toy world."""
+    """-> {name: optimizer}. "adamw" is AdamW [App. B]; "muon" is Muon for the matrices of the blocks and AdamW for the
+    rest. The paper gives no betas and no weight decay, so these are ours. Muon's rate, 2.5 times AdamW's, and its 3
+    iterations, where 5 are usual, were found by trial on the toy world."""
     rest, matrices = [], []
     for key, p in model.named_parameters():
         is_matrix = name == "muon" and key.startswith("blocks.") and p.ndim == 2
@@ -271,7 +241,7 @@ def make_optimizers(name, model):
     return {**optimizers, "muon": Muon(matrices)} if matrices else optimizers
 
 
-# --- A run and its checkpoint -----------------------------------------------------------------------------------------
+# --- A run, its checkpoint and its log --------------------------------------------------------------------------------
 
 FORMAT = 5  # a change that another version would misread adds one
 FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
@@ -290,57 +260,48 @@ class Run:
         self.optimizers = make_optimizers(args.optimizer, self.model)
         self.tokenizers = data.tokenizers()
         self.log = Log(self.path.parent / "log.csv", data.layout, machine)
-        self.parts = {"model": self.model, "ema": self.ema, **self.optimizers, "tokenizers": self.tokenizers, "log": self.log}
+        self.parts = {"model": self.model, "ema": self.ema, "tokenizers": self.tokenizers, "log": self.log}
+        self.parts |= self.optimizers
         self.about = {"config": vars(args), "modalities": [asdict(m) for m in data.layout.modalities]}
 
     def begin(self):
         """Load the checkpoint, and write it first if there is none -> latents of the training clips, (n, E)."""
-        clips, fresh = None, self.machine.total(torch.tensor(int(self.machine.rank == 0 and not self.path.exists()))) > 0
-        if fresh:
-            print(f"reading {self.args.data} ...", flush=True)
-            clips, self.about["held_out"] = self.data.training_clips()
-            self.about["clips"] = len(next(iter(clips.values())))
+        exists = self.machine.total(torch.tensor(int(self.machine.rank == 0 and self.path.exists()))) > 0
+        if exists:
+            self.load()
+            print(f"going on at step {self.step} of {self.path}")
+        print(f"reading {self.args.data} ...", flush=True)
+        clips, held_out = self.data.training_clips()
+        if not exists:
             self.tokenizers.fit(clips)
+            self.about |= {"held_out": held_out, "clips": len(next(iter(clips.values())))}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.save(0)
-        self.load()
-        self.log.start(self.step)
-        if self.step == self.args.steps:
-            return torch.empty(0)
-        if not fresh:
-            print(f"going on at step {self.step} of {self.path}; reading {self.args.data} ...", flush=True)
-            clips, _ = self.data.training_clips()
+            self.load()
         z = self.tokenizers.encode(clips)
         if len(z) != self.about["clips"]:
-            raise ValueError(f"{self.path} is of a run on {self.about['clips']} clips, but {self.args.data} has {len(z)} "
-                             "now: use another --out")  # fmt: skip
-        for name, part in self.data.layout.unpack(z).items():
-            if part.abs().max() < 0.01:
-                print(f"{name} is the same in all clips: there is nothing to learn about it", file=sys.stderr)
+            raise FileExistsError(f"{self.path} is of a run on {self.about['clips']} clips, not {len(z)}")
+        self.log.began = (self.step, time.monotonic())
         return z
 
     def load(self):
         """Refuses a checkpoint of other settings before it loads any weights."""
         with opened(self.path) as saved:
-            now, before = vars(self.args), saved["config"]
-            changed = [name for name in now if before[name] != now[name] and name not in FREE]
-            alike = saved["modalities"] == self.about["modalities"]
-            if alike and not changed:
-                self.step, self.about = saved["step"], {**self.about, "held_out": saved["held_out"], "clips": saved["clips"]}
-                for name, part in self.parts.items():
-                    part.load_state_dict(saved[name])
-        for name in changed:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{self.path} is of a run with {flag} {before[name]}, not {now[name]}: use another --out")
-        if not alike:
-            raise ValueError(f"{self.path} is of a run on other modalities than {self.args.data} has: use another --out")
+            for name, now in vars(self.args).items():
+                before, flag = saved["config"][name], "--" + name.replace("_", "-")
+                if before != now and name not in FREE:
+                    raise FileExistsError(f"{self.path} is of a run with {flag} {before}, not {now}: use another --out")
+            if saved["modalities"] != self.about["modalities"]:
+                raise FileExistsError(f"{self.path} is of a run on other modalities: use another --out")
+            self.step = saved["step"]
+            self.about |= {name: saved[name] for name in ("held_out", "clips")}
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
 
     def save(self, step):
         """Write the checkpoint, once for all processes, which go on when it is there."""
-        on_disk = self.machine.rank == 0
-        if on_disk or self.machine.mesh:  # all hosts of a pod must take part in copying from the devices
+        if self.machine.rank == 0:
             state = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
-        if on_disk:
             with replacing(self.path) as path, path.open("wb") as file:
                 torch.save({"format": FORMAT, "step": step, **self.about, **state}, file)
                 file.flush()
@@ -353,8 +314,8 @@ class Run:
                 group["lr"] = lr * group["lr_scale"]
 
     def finish(self, step):
-        """After each step: a line of the log and a checkpoint, when it is time. A checkpoint always has a line, so that
-        a resumed run has the same log. FloatingPointError stops a run that has broken before it is saved."""
+        """After each step: when it is time, a line of the log, and a checkpoint with it, so that a resumed run has the
+        same log. Raises FloatingPointError before a broken run is saved."""
         saves = step % self.args.save_every == 0 or step == self.args.steps
         if saves or step % self.log.EVERY == 0:
             tensors = [self.machine.total(self.log.sums), *self.model.parameters()]
@@ -378,8 +339,7 @@ def replacing(path):
 
 @contextmanager
 def opened(path):
-    """Yields a checkpoint's dict. Nothing in the file is executed. Raises ValueError if the file is no checkpoint, is
-    damaged, or if anything goes wrong in the block, which should only load from it."""
+    """Yields a checkpoint's dict; nothing in the file is executed. ValueError if it is damaged or the block fails."""
     with open(path, "rb") as file:
         try:
             if zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
@@ -389,7 +349,7 @@ def opened(path):
             if state["format"] != FORMAT:
                 raise ValueError(f"it has format {state['format']}, this version reads {FORMAT}")
             yield state
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError, FileExistsError):
             raise
         except Exception as why:  # reading raises many kinds
             raise ValueError(f"{path} is no checkpoint of this version, is damaged, or holds code, which is not run "
@@ -405,16 +365,10 @@ def on_cpu(x):
     return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
-# --- The log ----------------------------------------------------------------------------------------------------------
-
-
 class Log:
-    """log.csv and the progress line: the mean squared error of the prediction where t > 0 since the last line, as a whole,
-    by modality, and by modality and quarter of the noise levels. It has no loss weights, so runs can be compared.
-
-    The sums stay on the device between lines, so no step waits for them. All lines travel in the checkpoint, and log.csv
-    is written anew from them.
-    """
+    """log.csv and the progress line: the mean squared error where t > 0 since the last line, overall, by modality and by
+    quarter of the noise levels. It has no loss weights, so runs can be compared. Sums stay on the device between lines,
+    so no step waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
 
     EVERY, BINS = 50, 4  # steps per line
 
@@ -422,41 +376,40 @@ class Log:
         self.path, self.layout, self.machine = path, layout, machine
         bins = [f"{name}_t{k * 250 + 1}_{k * 250 + 250}" for name in layout.names for k in range(self.BINS)]
         self.lines = [["step", "mse", *layout.names, *bins]]
-        self.sums = torch.zeros(2, layout.S, self.BINS, device=machine.device)  # squared errors; counts of elements
+        self.sums = torch.zeros(2, len(layout.names), self.BINS, device=machine.device)  # squared errors; their number
 
     def state_dict(self):
         return {"lines": self.lines}
 
     def load_state_dict(self, state):
         self.lines = [list(line) for line in state["lines"]]
-
-    def start(self, step):
-        self.began = (step, time.monotonic())
         self.write_file()
 
     def write_file(self):
         if self.machine.rank == 0:
-            with replacing(self.path) as path, path.open("w", newline="") as file:
-                csv.writer(file).writerows(self.lines)
+            with replacing(self.path) as path:
+                path.write_text("".join(",".join(line) + "\n" for line in self.lines))
 
     def add(self, error, t, T):
         """Squared errors (B, E) at the timesteps t (B, S)."""
-        bins = F.one_hot((t - 1).clamp(min=0) * self.BINS // T, self.BINS) * (t > 0)[..., None]  # (B, S, BINS)
-        parts = [part.flatten(2) for part in self.layout.unpack(error).values()]  # (B, N_m, elements of a segment)
-        sums, sizes = torch.cat([x.sum(-1) for x in parts], -1), torch.cat([torch.ones_like(x).sum(-1) for x in parts], -1)
-        self.sums += torch.stack([(bins * x[..., None]).sum(0) for x in (sums, sizes)])
+        parts = zip(self.layout.unpack(error).values(), self.layout.split(t).values())
+        for k, (error_m, t_m) in enumerate(parts):
+            bins = (
+                F.one_hot((t_m - 1).clamp(min=0) * self.BINS // T, self.BINS) * (t_m > 0)[..., None]
+            )  # (B, N_m, BINS)
+            error_m = error_m.flatten(2)
+            self.sums[0, k] += (bins * error_m.sum(-1, keepdim=True)).sum((0, 1))
+            self.sums[1, k] += bins.sum((0, 1)) * error_m.shape[-1]
 
     def write(self, step, steps):
-        modalities = self.machine.total(self.sums).cpu().split(self.layout.lengths, 1)
-        errors, counts = torch.stack([sums.sum(1) for sums in modalities], 1)  # (M, BINS) each
+        errors, counts = self.machine.total(self.sums).cpu()  # (M, BINS) each
         self.sums.zero_()
         values = [errors.sum() / counts.sum(), *(errors.sum(1) / counts.sum(1)), *(errors / counts).flatten()]
         self.lines.append([str(step), *("" if v.isnan() else f"{v:.6f}" for v in values)])  # "" where nothing was drawn
         self.write_file()
         speed = (step - self.began[0]) / (time.monotonic() - self.began[1])
-        left = round((steps - step) / speed)
-        line = f"step {step}/{steps}  mse {values[0]:.4f}  {speed:.1f} steps/s  {left // 60}:{left % 60:02} left"
-        print(f"\r{line:70}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+        minutes, seconds = divmod(round((steps - step) / speed), 60)
+        print(f"step {step}/{steps}  mse {values[0]:.4f}  {speed:.1f} steps/s  {minutes}:{seconds:02} left", flush=True)
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -464,9 +417,6 @@ class Log:
 
 class Parser(argparse.ArgumentParser):
     """A user's mistake gets one line on stderr and exit status 2."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, epilog="Defaults stand in brackets.", **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
@@ -499,15 +449,19 @@ def number(kind, least, most):
 
 def make_parser():
     """The data choose the default preset, and both choose the other defaults. So these two flags are read first."""
-    first = Parser(add_help=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--data", default="toy", help="toy, a folder of clips, or a .npz of latents (%(default)s)")
     kind = kind_of(first.parse_known_args()[0].data)
     first.add_argument("--preset", default=kind.preset, choices=PRESETS, help="network and recipe (%(default)s)")
     preset = first.parse_known_args()[0].preset
     recipe, count = RECIPES[preset], number(int, 1, 10**9)
-    parser = Parser(description=__doc__.split(" See")[0], parents=[first])
+    parser = Parser(description=__doc__.split(" See")[0], parents=[first], allow_abbrev=False)
     add = parser.add_argument
-    add("--mixture", help="monl, vanilla, pm, pt, ptm, task:a2v ..., or a sum such as pt+pm (%(default)s)")
+    add(
+        "--mixture",
+        default="monl",
+        help="monl, vanilla, pm, pt, ptm, task:a2v ..., or a sum such as pt+pm (%(default)s)",
+    )
     add("--prediction", default=PRESETS[preset].prediction, choices=PREDICTIONS, help="what to regress (%(default)s)")
     add("--batch", type=number(int, 1, 2**16), help="examples per step, over all devices (%(default)s)")
     add("--steps", type=count, help="training steps (%(default)s)")
@@ -519,18 +473,14 @@ def make_parser():
     add("--size", type=number(int, 32, 1024), default=kind.media.size, help="their height and width (%(default)s)")
     add("--sample-rate", type=number(int, 1000, 192000), default=kind.media.sample_rate, help="in Hz (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 if the chip has it (%(default)s)")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: bf16 if the chip has it (%(default)s)")
     add("--compile", action="store_true", help="compile the network, which needs a C++ compiler")
     add("--accumulate", type=count, default=1, help="micro-batches per step, to save memory (%(default)s)")
-    add("--save-every", type=count, help="steps between checkpoints (%(default)s)")
+    add("--save-every", type=count, default=100, help="steps between checkpoints (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and batches (%(default)s)")
     add("--out", default="runs/toy", help="folder of ckpt.pt and log.csv; a run found there goes on (%(default)s)")
     parser.set_defaults(**recipe)
     return parser
-
-
-def media_of(args):
-    return Media(args.fps, args.size, args.sample_rate)
 
 
 def main():
@@ -538,23 +488,15 @@ def main():
     args = parser.parse_args()
     try:
         with parser.guarding("use a smaller --batch, more --accumulate for the same, a smaller --size or fewer clips"):
-            parse_mixture(args.mixture)  # before anything is read
-            if args.compile and args.device == "xla":
-                raise ValueError("--compile is for other devices: XLA always compiles")
             train(args)
     except FloatingPointError as why:
-        print(f"\n{why}; the last good checkpoint is {Path(args.out) / 'ckpt.pt'}", file=sys.stderr)
-        return 1
+        parser.exit(1, f"{why}: the last good checkpoint is {Path(args.out) / 'ckpt.pt'}\n")
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\nstopped: the same command goes on from the last checkpoint, at most {args.save_every} steps back",
-                  file=sys.stderr)  # fmt: skip
-        return 130
+        parser.exit(130, f"stopped; the same command goes on, from at most {args.save_every} steps before\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
