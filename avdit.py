@@ -53,11 +53,8 @@ class Modality:
 
 
 class Layout:
-    """Where each modality and segment lies in z (B, E) and in t (B, S).
-
-    The first modality is the time reference. Strategy Pt draws one timestep for each of its segments, and a segment of
-    another modality takes the timestep of the reference segment at the same time.
-    """
+    """Where each modality and segment lies in z (B, E) and in t (B, S). The first modality is the time reference:
+    strategy Pt draws one timestep for each of its segments, and those of other modalities follow by time."""
 
     def __init__(self, modalities):
         self.modalities = tuple(modalities)
@@ -114,11 +111,8 @@ def check_choice(what, value, valid):
 
 
 class NoiseSchedule(nn.Module):
-    """The linear beta schedule [App. B]. The paper does not give its ends; these are DDPM's.
-
-    The tables a and s have T + 1 entries, and entry 0 is clean. The product runs in float64, because 1 - alpha_bar
-    loses most of its digits in float32 when t is small.
-    """
+    """The linear beta schedule [App. B]. The paper does not give its ends; these are DDPM's. The tables a and s have
+    T + 1 entries, and entry 0 is clean. In float32, 1 - alpha_bar would lose most of its digits at small t."""
 
     def __init__(self, T=1000, beta_min=1e-4, beta_max=0.02):
         super().__init__()
@@ -142,8 +136,7 @@ def task_mask(task, layout):
     """bool (S,): True where a task gives the segment. Raises ValueError if the task or a modality it needs is unknown.
 
     continue     gives the first two segments of the time reference (5 frames, 0.625 s) and all else in that time
-    continue-2s  gives the first one (1 frame, 0.125 s) [App. F]
-    inpaint      gives the first one and the last one (4 frames, 0.5 s)
+    continue-2s  the first one (1 frame, 0.125 s) [App. F]; inpaint the first and the last one (4 frames, 0.5 s)
     """
     check_choice("task", task, TASKS)
     edges = layout.modalities[0].edges
@@ -182,8 +175,8 @@ for task in TASKS:  # task-specific training [Eq. 3, Table 1]: t = 0 where the t
 def sample_timesteps(mixture, layout, batch, T, generator=None):
     """Draw one timestep vector per example [Alg. 1]: int64 (B, S), from 1 to T (0 where a task:NAME gives).
 
-    `mixture` is "monl", a name in STRATEGIES, or a sum such as "pt+pm+pm". Each term is equally likely, and "monl" counts
-    as its four strategies. Raises ValueError if a name is unknown.
+    `mixture` is "monl" (its four strategies), a name in STRATEGIES, or a sum such as "pt+pm+pm" with equally likely
+    terms. Raises ValueError if a name is unknown.
     """
     names = []
     for name in mixture.replace(" ", "").split("+"):
@@ -334,8 +327,8 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
 
 
 # --- Samplers [Alg. 3, Alg. 4, App. B] --------------------------------------------------------------------------------
-# One step down, elementwise [Eq. 4]: `now` is (a, s) at t and `then` is (a, s) at t_next, (B, E) each. Where both
-# timesteps are 0, the element stays as it is. `noise()` draws standard normal noise like z.
+# One step down, elementwise [Eq. 4]: `now` is (a, s) at t and `then` is (a, s) at t_next, (B, E) each. Elements whose
+# timesteps are both 0 stay as they are. `noise()` draws standard normal noise like z.
 
 
 def ddpm_step(z, z0_hat, eps_hat, now, then, noise):
@@ -366,8 +359,8 @@ def noise_like(z, generator=None):
 
 
 def respaced(T, steps, device=None):
-    """The timesteps of K = `steps` sampling steps, round(linspace(T, 0, K + 1)). K = T is Alg. 3 itself. ValueError if
-    K > T. They are tensors, because Python numbers would make XLA compile a new program for every step."""
+    """K = `steps` timesteps for sampling, and 0; K = T is Alg. 3 itself. Raises ValueError if K > T. They are tensors,
+    because XLA would compile a new program for every Python number."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: use 1 to {T}")
     taus = torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long()
@@ -400,7 +393,7 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
     """Generate the segments that are not given [Alg. 3, Alg. 4, Eq. 7] -> (B, E). Raises ValueError on wrong arguments.
 
     model          an AVDiT, or any callable (z, t, z0_prev) -> (B, E) with an attribute `prediction`
-    z0             (B, E): clean latents where given; other values are never read
+    z0             (B, E): clean latents where given, anything elsewhere
     given          bool (S,) or (B, S); given segments come back bit-identical
     sampler        a name in SAMPLERS
     guidance       the paper's s in (1 + s) cond - s uncond. 0 is no guidance. Others write w = 1 + s.
@@ -435,13 +428,9 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
 
 
 def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17):
-    """Video of 1 + 4 k frames, whose first segment is one frame and whose others are four; audio in equal segments.
-
-    fps in Hz, `segment` in seconds. Raises ValueError if frames is not 1 + 4 k.
-    """
+    """Video of 1 + 4 k frames, with segments of 1, 4, 4, ... frames; audio with segments of `segment` seconds."""
     if frames % 4 != 1:
-        fewer = frames - (frames - 1) % 4
-        raise ValueError(f"{frames} frames are not 1 + 4 k: use {fewer} or {fewer + 4}")
+        raise ValueError(f"{frames} frames are not 1 + 4 k")
     starts = (0, *range(1, frames + 1, 4))
     count = int(frames / fps / segment + 1e-6)
     return [
@@ -452,7 +441,7 @@ def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17)
 
 @dataclass(frozen=True)
 class Preset:
-    """A network's size, what it predicts and how it is sampled. train.py has the training recipe of each preset."""
+    """A network's size, what it predicts and how it is sampled. Its training recipe is in train.py."""
 
     modalities: list
     dim: int
@@ -463,13 +452,12 @@ class Preset:
     sampling_steps: int
 
     def model(self, layout, prediction=None):
-        """An AVDiT of this size for any layout."""
         return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction)
 
 
 PRESETS = {
-    # The toy world of data.py. It predicts z0: with eps the two modalities stay unrelated, and v blurs the ball, because
-    # a token has as many channels as the network is wide, and most of v is noise.
+    # The toy world of data.py. It predicts z0: with eps the modalities stay unrelated, and v, most of which is noise,
+    # blurs the ball, because a token has as many channels as the network is wide.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0",
                   sampler="ddpm", sampling_steps=40),
     # Some hundreds of real clips of 64 x 64 pixels, as data.py reads them.
@@ -485,7 +473,7 @@ PRESETS = {
 
 
 def tour():
-    """Print timestep vectors of the four strategies and of the tasks, and the presets."""
+    """Print timestep vectors of the strategies and of the tasks, and the presets."""
     layout, shades = Layout(PRESETS["toy"].modalities), " .:-=+*#%@"
 
     def draw(title, t):
@@ -495,18 +483,17 @@ def tour():
             print(f"  {title:12} {m.name:6} |{picture}|")
             title = ""
 
-    print("Training: one timestep vector per strategy, from ' ' (clean, t = 0) to '@' (noise, t = T).")
+    print("Training: a timestep vector of each strategy, from ' ' (clean, t = 0) to '@' (noise, t = T).")
     for strategy in MONL:
         draw(strategy, sample_timesteps(strategy, layout, 1, 1000, torch.Generator().manual_seed(7))[0])
     print("\nSampling: t = 0 where a task gives a segment, t = tau (here 600 of 1000) where it wants one.")
     for task in TASKS:
         draw(task, torch.where(task_mask(task, layout), 0, 600))
-    print()
     for name, preset in PRESETS.items():
         with torch.device("meta"):  # shapes only, no memory
             count = sum(p.numel() for p in preset.model(Layout(preset.modalities)).parameters())
-        shapes = ", ".join(f"{m.name} {m.shape}" for m in preset.modalities)
-        print(f"preset {name}: {count / 1e6:.1f} M parameters, {preset.depth} layers, d = {preset.dim}, {shapes}")
+        latents = ", ".join(f"{m.name} {m.shape}" for m in preset.modalities)
+        print(f"\npreset {name}: {count / 1e6:.1f} M parameters, {preset.depth} layers, d = {preset.dim}, {latents}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The data: a toy world, folders of clips, files of latents; and the tokenizers between clips and latents.
 
-Clips are dicts {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}. The "clips" of a .npz file are its
-latents. ToyWorld, Folder and Latents, at the end, are the three kinds of data that `--data` can name.
+Clips are dicts {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}; those of a .npz file are its latents.
+The three kinds of data that `--data` can name are ToyWorld, Folder and Latents, below the tokenizers.
 """
 
 import math
@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
@@ -24,20 +26,14 @@ from torch import nn
 
 from avdit import PRESETS, Layout, Modality, av_modalities
 
-
-class Media(NamedTuple):
-    """The format that all clips are brought to."""
-
-    fps: int
-    size: int  # height and width in pixels
-    sample_rate: int  # Hz
-
+Media = namedtuple("Media", "fps size sample_rate")  # the format of clips; size is their height and width in pixels
 
 # --- The toy world: a ball you can hear. Pitch is height, timbre is colour. -------------------------------------------
 
 TOY, FRAMES = Media(8, 32, 8000), 17
 PIXELS = torch.arange(TOY.size) / (TOY.size - 1)  # where pixel k lies, as a share of the picture
 THIRDS = 2 * math.pi * torch.arange(3) / 3  # the three colour channels on the hue circle
+HOPS = 8  # spectra in one audio segment
 
 
 def mirror(q):
@@ -71,17 +67,15 @@ def render(draws, frames=FRAMES):
 
 
 # --- Tokenizers in closed form, in place of the paper's MAGVIT-v2 and SoundStream [Sec. 4] ----------------------------
-# Their latents have zero mean and unit variance per channel [App. B]. Their state_dict travels in the checkpoint.
+# Latents have zero mean and unit variance per channel [App. B]. The tokenizers travel in the checkpoint.
 
 
 class Components(nn.Module):
     """Principal components: x (..., D) <-> z (..., C). Every channel of z has zero mean and unit variance.
 
-    If every component had unit variance, the faint ones would weigh as much as the ball itself. If all kept their own
-    variance, the faint ones would never be learned. So each component's standard deviation becomes its square root. A
-    random rotation then spreads the components over the channels, so that these have about the same variance. Channels
-    beyond the rank of the data stay zero.
-    """
+    With unit variance, faint components would weigh as much as the ball itself; with their own, they would never be
+    learned. So each one's standard deviation becomes its square root. A random rotation then spreads the components
+    over the channels, so that these have about the same variance. Channels beyond the data's rank stay zero."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -90,7 +84,6 @@ class Components(nn.Module):
         self.register_buffer("back", torch.zeros(channels, dim))
 
     def fit(self, x):
-        """x (n, D): the vectors whose components these are."""
         rank = min(self.into.shape[1], *x.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -114,10 +107,8 @@ class Components(nn.Module):
 class PatchTokenizer(nn.Module):
     """uint8 video (n, 1 + 4 k, H, W, 3) <-> z (n, 1 + k, h, w, d): components of 1-frame, then of 4-frame patches.
 
-    With `residual`, later segments encode the residual of a linear prediction from the first frame. In real clips the
-    scene stays, and its pose and light would otherwise fill the later segments too. No segment depends on later frames,
-    as with the paper's causal tokenizer.
-    """
+    With `residual`, later segments encode the residual of a linear prediction from the first frame: the scene of a real
+    clip stays, and would fill them otherwise. As in the paper's causal tokenizer, no segment depends on later frames."""
 
     def __init__(self, modality, size, residual):
         super().__init__()
@@ -156,15 +147,11 @@ class PatchTokenizer(nn.Module):
         return (255 * video.clamp(0, 1)).round().byte()
 
 
-HOPS = 8  # spectrum frames in one audio segment
-
-
 class SpectrumTokenizer(nn.Module):
     """float32 sound (n, samples) <-> z (n, N, d): components of the square-root magnitudes of a segment's spectra.
 
-    A segment has 8 spectra, one centred on each hop, in windows of about two hops. Phases are not kept; Griffin-Lim
-    finds phases that fit. Sound after the last whole segment is trimmed.
-    """
+    A segment has 8 spectra, one centred on each hop, in windows of about two hops. Griffin-Lim finds phases that fit.
+    Sound after the last whole segment is trimmed."""
 
     def __init__(self, modality, sample_rate):
         super().__init__()
@@ -179,14 +166,10 @@ class SpectrumTokenizer(nn.Module):
 
     def istft(self, spectrum):
         """Overlap-add, divided by the sum of squared windows. torch.istft refuses windows that end in 0."""
-
-        def overlap_add(x):  # (n, size, hops) -> (n, samples)
-            length = (x.shape[-1] - 1) * self.hop + self.size
-            return F.fold(x, (1, length), (1, self.size), stride=(1, self.hop)).flatten(1)
-
-        window = self.window[:, None]
-        sound = overlap_add(torch.fft.irfft(spectrum, self.size, dim=1) * window)
-        return sound / overlap_add((window**2).expand(1, -1, spectrum.shape[-1])).clamp(min=1e-8)
+        window, length = self.window[:, None], (spectrum.shape[-1] - 1) * self.hop + self.size
+        overlap_add = partial(F.fold, output_size=(1, length), kernel_size=(1, self.size), stride=(1, self.hop))
+        sound = overlap_add(torch.fft.irfft(spectrum, self.size, dim=1) * window).flatten(1)
+        return sound / overlap_add((window**2).expand(1, -1, spectrum.shape[-1])).flatten(1).clamp(min=1e-8)
 
     def griffin_lim(self, magnitude, rounds=60, momentum=0.99):  # (n, lines, hops) -> (n, samples)
         generator = torch.Generator().manual_seed(0)  # the same first phases for every clip, whatever the batch
@@ -212,8 +195,7 @@ class SpectrumTokenizer(nn.Module):
     def encode(self, sound):
         return self.bins.encode(self.features(sound))
 
-    def decode(self, z):
-        """z (n, N, d) with any number N of segments -> sound."""
+    def decode(self, z):  # any number of segments
         root = rearrange(self.bins.decode(z), "n k (hops lines) -> n lines (k hops)", hops=HOPS)
         return self.griffin_lim(root.clamp(min=0) ** 2).clamp(-1, 1)
 
@@ -269,8 +251,8 @@ def in_chunks(function, x, size=32):
 
 
 def features_of(function, x, clips=1024, most=2**26):
-    """function(x) as (n, D), to fit components on: of `clips` random clips, and of their vectors a random share that
-    holds about `most` numbers (256 MiB), or all."""
+    """function(x) as (n, D), to fit components on: all vectors of `clips` random clips, or a random share of them that
+    holds about `most` numbers (256 MiB)."""
     generator = torch.Generator().manual_seed(0)
     chosen = [x[i] for i in torch.randperm(len(x), generator=generator)[:clips].sort().values]
     share = most / (len(chosen) * function(chosen[0][None]).numel())
@@ -283,8 +265,7 @@ def features_of(function, x, clips=1024, most=2**26):
 
 
 # --- The three kinds of data ------------------------------------------------------------------------------------------
-# Each has a default preset and format, and knows its layout, its tokenizers, its training clips and its held-out clips.
-# A checkpoint brings its own layout, so that sampling needs no data where nothing is given.
+# Each has a default preset and format. A checkpoint brings its own layout: sampling needs no data if nothing is given.
 
 
 def kind_of(path):
@@ -293,7 +274,7 @@ def kind_of(path):
 
 
 def open_data(path, media, layout=None):
-    """An object of that class. Raises ValueError if the data cannot be used, or not in this format."""
+    """An object of that class. Raises ValueError if the data or the format cannot be used."""
     kind = kind_of(path)
     if kind is not Folder and media != kind.media:
         raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {path}")
@@ -303,8 +284,7 @@ def open_data(path, media, layout=None):
 class ToyWorld:
     """4096 training clips (seed 0) and 1024 held-out clips (seed 1)."""
 
-    preset, media = "toy", TOY
-    decodes = True  # latents become picture and sound
+    preset, media, decodes = "toy", TOY, True  # decodes: latents become picture and sound
 
     def __init__(self, path, media, layout=None):
         self.layout = layout or Layout(PRESETS["toy"].modalities)
@@ -317,15 +297,14 @@ class ToyWorld:
         return toy_clips(4096, 0)[0], []
 
     def held_out_clips(self, names, count, seconds):
-        """-> clips: at most `count` of them, `seconds` long."""
+        """-> clips: at most `count` of them, `seconds` long. `names` are those of the held-out files."""
         return toy_clips(min(count, 1024), 1, round(seconds * TOY.fps))[0]
 
 
 class Folder:
     """Clips with picture and sound, in any container that ffmpeg reads. A tenth of the usable files is held out."""
 
-    preset, media = "clips", Media(8, 64, 16000)
-    decodes = True
+    preset, media, decodes = "clips", Media(8, 64, 16000), True
     PATCH = 32  # pixels of a token
 
     def __init__(self, path, media, layout=None):
@@ -337,8 +316,9 @@ class Folder:
         per_hop = HOPS * media.fps
         if media.sample_rate % per_hop or media.sample_rate < 8 * per_hop:
             nearest = per_hop * max(8, round(media.sample_rate / per_hop))
-            raise ValueError(f"--sample-rate {media.sample_rate} must be a multiple of {HOPS} x --fps = {per_hop}, and "
-                             f"at least 8 times that: use {nearest}")  # fmt: skip
+            raise ValueError(
+                f"--sample-rate must be a multiple of {HOPS} x --fps, at least {8 * per_hop}: use {nearest}"
+            )
         side = media.size // self.PATCH
         # Few tokens with many channels cost a fraction of many small tokens, and show as much.
         self.layout = layout or Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
@@ -357,12 +337,9 @@ class Folder:
         return joined([parts[name] for name in parts if name not in names or len(parts) == 1]), names
 
     def held_out_clips(self, names, count, seconds):
-        """-> clips: at most `count` windows of the files in `names`, `seconds` long."""
-        parts, paths = [], [self.path / name for name in names]
-        for _, clips in usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds)):
-            parts.append(clips)
-            if sum(len(part["video"]) for part in parts) >= count:
-                break
+        paths = [self.path / name for name in names]
+        found = usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds))
+        parts = [clips for _, clips in islice(found, count)]
         if not parts:
             raise ValueError(f"none of the {len(names)} held-out files of {self.path} can be used: use --input")
         return {name: torch.stack(x[:count]) for name, x in joined(parts).items()}
@@ -371,8 +348,7 @@ class Folder:
 class Latents:
     """A .npz of latents. Every tenth clip is held out."""
 
-    preset, media = "clips", TOY
-    decodes = False
+    preset, media, decodes = "clips", TOY, False
 
     def __init__(self, path, media, layout=None):
         self.path, self.layout = path, layout or read_latents(path)[1]
@@ -404,11 +380,8 @@ def joined(parts):
 
 
 def ffmpeg(path, *arguments):
-    """Run imageio's ffmpeg on one file -> its messages. Raises ValueError if it takes longer than 15 minutes.
-
-    ffmpeg reads an open file and may open nothing else. So a playlist is refused, and no file name is ever taken for an
-    option or a pattern. It also refuses files with blocks of more than 500 MB.
-    """
+    """Run imageio's ffmpeg on one file -> its messages. It reads an open file and may open nothing else: a playlist is
+    refused, and no file name is taken for an option or a pattern. It also refuses blocks of more than 500 MB."""
     if not Path(path).is_file():
         raise ValueError("there is no such file")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", "500000000"]
@@ -424,9 +397,8 @@ def ffmpeg(path, *arguments):
 def decode_clip(path, media):
     """-> uint8 (F, size, size, 3), float32 (samples,): its first hour, resampled and centre cropped. Raises ValueError.
 
-    ffmpeg chooses the streams. One call decodes both, so their times have one origin. If one stream starts later than
-    the other, its first frame is repeated, or silence is put before it.
-    """
+    ffmpeg chooses the streams. One call decodes both, so their times have one origin. What starts later than the other
+    is preceded by its own first frame, or by silence."""
     square = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # the sample aspect ratio, sar: pixels need not be square
     picture = ["-an", "-vf", f"fps={media.fps}:start_time=0,{square},scale={media.size}:{media.size}"]
     picture += ["-t", "3600", "-f", "rawvideo", "-pix_fmt", "rgb24"]
@@ -451,11 +423,8 @@ def decode_clip(path, media):
 
 
 def clip_windows(path, layout, media, seconds=None, every=None):
-    """Decode a clip and cut it into windows -> {"video": list of views, "audio": list of views}.
-
-    Windows are `seconds` long, or as long as the layout. One starts every `every` frames, or at the end of the one
-    before. Raises ValueError if the clip is too short for one window, or silent.
-    """
+    """Decode a clip and cut it into windows -> {"video": list of views, "audio": list of views}. They last `seconds` or
+    as long as the layout. One starts every `every` frames, or where the one before ends. ValueError if none fits."""
     video, audio = decode_clip(path, media)
     need, sound = (seconds or m.edges[-1] for m in layout.modalities)
     frames, samples = round(need * media.fps), round(sound * media.sample_rate)
@@ -466,10 +435,8 @@ def clip_windows(path, layout, media, seconds=None, every=None):
         raise ValueError(f"{have:.2f} s of picture and sound, {need:.2f} s are needed")
     if audio.abs().max() < 1e-4:
         raise ValueError("its sound is silent all through")
-    return {
-        "video": [video[frame : frame + frames] for frame, _ in starts],
-        "audio": [audio[sample : sample + samples] for _, sample in starts],
-    }
+    parts = [(video[frame : frame + frames], audio[sample : sample + samples]) for frame, sample in starts]
+    return dict(zip(("video", "audio"), map(list, zip(*parts))))
 
 
 def usable(paths, read, map=map):
@@ -486,15 +453,14 @@ def usable(paths, read, map=map):
             print(f"skipped {path.name}: {clips}", file=sys.stderr)
         else:
             yield path.name, clips
-        if sys.stdout.isatty() or done % 500 == 0:
-            print(f"read {done} of {len(paths)}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        if done % 100 == 0:
+            print(f"read {done} of {len(paths)} files", flush=True)
 
 
 def read_latents(path):
     """-> latents, a dict of float32 (n, N_m, *grid, d_m), and their Layout. ValueError says why a file cannot be used.
 
-    Every pair of arrays X and X_edges is a modality. "video", or else the first name, is the time reference.
-    """
+    Every pair of arrays X and X_edges is a modality. "video", or else the first name, is the time reference."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -510,15 +476,10 @@ def read_latents(path):
             raise ValueError(f"{path}: {name!r} cannot be a modality's name")
         if z.dtype.kind not in "fiu" or edges.dtype.kind not in "fiu":
             raise ValueError(f"{path}: {name} and {name}_edges must hold real numbers, not {z.dtype} and {edges.dtype}")
-        if (
-            z.ndim < 3
-            or len(z) != len(arrays[names[0]])
-            or edges.shape != (z.shape[1] + 1,)
-            or len(z) < 2
-            or not z.size
-        ):
-            raise ValueError(f"{path}: {name} {z.shape} does not fit {name}_edges {edges.shape} or {names[0]}'s clips, or "
-                             "is too little: two clips or more, and no axis of length 0")  # fmt: skip
+        if z.ndim < 3 or len(z) != len(arrays[names[0]]) or edges.shape != (z.shape[1] + 1,):
+            raise ValueError(f"{path}: {name} {z.shape} does not fit {name}_edges {edges.shape}, or {names[0]}'s clips")
+        if len(z) < 2 or not z.size:
+            raise ValueError(f"{path}: {name} {z.shape} is too little: two clips or more, and no axis of length 0")
         with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, and are named below
             z, edges = z.astype(np.float32), edges.astype(np.float64)
         if not (np.isfinite(z).all() and np.isfinite(edges).all() and (np.diff(edges) > 0).all()):

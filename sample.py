@@ -1,8 +1,7 @@
 """Sample a trained AVDiT on every task, then see it and hear it [Sec. 3.3, Sec. 6.2]. See `python sample.py --help`.
 
-sample() loads a checkpoint, chooses what is given, generates, decodes and writes. Below it stands what it uses, in this
-order: masks, generation window after window, the checkpoint, pictures and sound, the page, the command line.
-"""
+sample() loads a checkpoint, chooses what is given, generates, decodes and writes. Below it stands what it uses: masks,
+generation window after window, the checkpoint, pictures and sound, the command line."""
 
 import math
 import sys
@@ -87,8 +86,7 @@ def parse_given(spans, layout):
 def true_clips(trained, args, masks):
     """-> the clips that given parts are cut from (n of them; {} if nothing is given), and the index of each (n,).
 
-    They come from --input or from the held-out clips, and reach the last given segment at least.
-    """
+    They come from --input or from the held-out clips, and reach the last given segment at least."""
     ends = [trained.whole.ends[given].max().item() for given in masks.values() if given.any()]
     if not ends:
         return {}, torch.arange(0)
@@ -121,8 +119,7 @@ def generate_clips(trained, args, z_true, given, label):
     """Generate what is not given, and decode -> clips. z_true: one (n, E) per window; given: (S,) of the whole clip.
 
     Shared frames are encoded anew as the beginning of the next window. Shared sound keeps its latents, since all its
-    segments are alike. So the sound is decoded once, and no seam is heard.
-    """
+    segments are alike. So the sound is decoded once, and no seam is heard."""
     generator, tokenizers = torch.Generator().manual_seed(args.seed), trained.tokenizers
     skip, frames, latents, video, audio = trained.skip, trained.shared_frames, {}, [], []
     for k, (z, given_k) in enumerate(zip(z_true, trained.windows(given))):
@@ -165,10 +162,9 @@ def denoise(trained, args, z0, given, generator, label):
 class Trained:
     """A checkpoint ready to be sampled: the network with averaged weights, its tokenizers, its layout, its data.
 
-    A window lasts `span` seconds, and the next one starts `stride` seconds later. They share the segments `shared`, bool
-    (S,), which are skip[name] segments of each modality and `shared_frames` frames. `count` windows make a clip of
-    `seconds` with the layout `whole`, in which the last segment of each modality repeats.
-    """
+    A window lasts `span` seconds; the next one starts `stride` seconds later. They share the segments `shared`, bool
+    (S,): skip[name] segments of each modality, `shared_frames` frames. `count` windows make a clip of `seconds` with
+    the layout `whole`, in which the last segment of each modality repeats."""
 
     def __init__(self, path, device, seconds=None):
         path, self.device = Path(path), device
@@ -239,10 +235,8 @@ def package(trained, clips, given):
     """Clips and masks as numpy arrays: the contents of samples.npz, but for the true clips."""
     out = {name: x.numpy() for name, x in clips.items()}
     if trained.data.decodes:
-        for name, mask in trained.per_frame(
-            given, trained.whole
-        ).items():  # after the last whole segment nothing is given
-            out[f"given_{name}"] = F.pad(mask, (0, out[name].shape[1] - len(mask))).numpy()
+        for name, mask in trained.per_frame(given, trained.whole).items():
+            out[f"given_{name}"] = F.pad(mask, (0, out[name].shape[1] - len(mask))).numpy()  # the rest of a segment
         return out | {"fps": trained.media.fps, "sample_rate": trained.media.sample_rate}
     out |= {f"given_{name}": mask.numpy() for name, mask in trained.layout.split(given).items()}
     return out | {f"{m.name}_edges": np.array(m.edges) for m in trained.layout.modalities}
@@ -294,10 +288,8 @@ def write_sheet(path, title, video, audio, given, rate, true=None, names=None):
     width = edge * video.shape[1]
 
     def row(clip):
-        frames = np.zeros((edge, width, 3), np.uint8)  # the true clip may end before the generated one
-        for k, frame in enumerate(clip):
-            frames[:, k * edge : (k + 1) * edge] = np.array(Image.fromarray(frame).resize((edge, edge), Image.NEAREST))
-        return frames
+        frames = [np.array(Image.fromarray(frame).resize((edge, edge), Image.NEAREST)) for frame in clip]
+        return np.pad(np.concatenate(frames, 1), ((0, 0), (0, width - edge * len(clip)), (0, 0)))  # it may end earlier
 
     rows = []  # label, pixels
     for i, name in enumerate(names):
@@ -337,11 +329,10 @@ def write_media(folder, out, sheet=None):
 def write_page(out, layout, masks, n):
     """Write OUT/index.html: every task, what is given, its clips beside the true ones, its sheet -> its path."""
     seconds = layout.ends - layout.starts
-    style = "body{font-family:sans-serif;margin:1.5em} div{display:flex;flex-wrap:wrap;gap:1em} figure{margin:0}"
-    page = [
-        "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Samples</title>"
-    ]
-    page.append(f"<style>{style} img,video{{max-width:100%}}</style><p>Grey was given, green was generated.</p>")
+    style = "body {font-family: sans-serif; margin: 1.5em} div {display: flex; flex-wrap: wrap; gap: 1em}"
+    page = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>AVDiT</title>",
+            f"<style>{style} figure {{margin: 0}} img, video {{max-width: 100%}}</style>",
+            "<p>Grey was given, green was generated.</p>"]  # fmt: skip
     for task, given in masks.items():
         spans = [f"{seconds[given & layout.of([name])].sum():g} s of {name}" for name in layout.names]
         page.append(f"<h2>{task}</h2><p>Given: {', '.join(spans)}.</p><div>")
@@ -349,9 +340,7 @@ def write_page(out, layout, masks, n):
             for folder in (task, "true") if given.any() else (task,):
                 clip = f"<video controls width=256 src='{folder}/{i:02}.mp4'></video>"
                 page.append(f"<figure>{clip}<figcaption>{folder} {i:02}</figcaption></figure>")
-        page.append(
-            f"</div><p><a href='{task}/sheet.png'><img src='{task}/sheet.png' alt='all frames of {task}'></a></p>"
-        )
+        page.append(f"</div><p><a href='{task}/sheet.png'><img src='{task}/sheet.png' alt='frames of {task}'></a></p>")
     (out / "index.html").write_text("\n".join(page))
     return out / "index.html"
 
@@ -368,9 +357,7 @@ def make_parser(about, n):
     add("--n", type=number(int, 1, 2**16), default=n, help="samples of each task (%(default)s)")
     add("--sampler", choices=SAMPLERS, help="how z steps down (the preset's)")
     add("--steps", type=number(int, 1, 1000), help="sampling steps (the preset's)")
-    add(
-        "--guidance", type=number(float, -1000, 1000), default=0.0, help="s of Eq. 16; others write 1 + s (%(default)s)"
-    )
+    add("--guidance", type=number(float, -1000, 1000), default=0.0, help="guidance scale s of Eq. 16 (%(default)s)")
     add("--guidance-drop", nargs="+", action="extend", default=[], metavar="MODALITY",
         help="modalities that the unconditional pass drops (all that is given)")  # fmt: skip
     add("--seconds", type=number(float, 0.01, 3600), help="length of the clips, window after window (one window)")

@@ -1,8 +1,7 @@
 """Train AVDiT on the toy world, a folder of clips or a file of latents [Alg. 2, App. B]. See `python train.py --help`.
 
-train() is Alg. 2 as a loop. Below it stands what it uses: what a step draws, devices and processes, optimizers, the run
-with its checkpoint and log, the command line.
-"""
+train() is Alg. 2 as a loop. Below it stands what it uses: what a step draws, devices and processes, optimizers, the
+run with its checkpoint and log, the command line."""
 
 import argparse
 import copy
@@ -366,9 +365,9 @@ def on_cpu(x):
 
 
 class Log:
-    """log.csv and the progress line: the mean squared error where t > 0 since the last line, overall, by modality and by
-    quarter of the noise levels. It has no loss weights, so runs can be compared. Sums stay on the device between lines,
-    so no step waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
+    """log.csv and the progress line: the mean squared error where t > 0 since the last line, by modality and by quarter
+    of the noise levels. It has no loss weights, so that runs can be compared. The sums stay on the device, so no step
+    waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
 
     EVERY, BINS = 50, 4  # steps per line
 
