@@ -1,8 +1,8 @@
 """AVDiT: one diffusion transformer for video and audio whose timestep is a vector.
 
 This is the method of "A Versatile Diffusion Transformer with Mixture of Noise Levels for Audiovisual Generation". Read
-it from top to bottom with the paper beside it. A tag such as [Eq. 5] stands beside the line that implements it, and
-DIFFERS FROM PAPER marks a formula that is misprinted there. `python avdit.py` draws the timestep vectors as text.
+it from top to bottom with the paper beside it. A tag such as [Eq. 5] stands beside the line that implements it. DIFFERS
+FROM PAPER marks a misprint of the paper; README.md lists our own choices. `python avdit.py` draws timestep vectors.
 
 The same letters are used in comments, code and tests:
     B      batch size                        M      number of modalities (video, audio, ...)
@@ -112,7 +112,7 @@ def check_choice(what, value, valid):
 
 class NoiseSchedule(nn.Module):
     """The linear beta schedule [App. B]. The paper does not give its ends; these are DDPM's. The tables a and s have
-    T + 1 entries, and entry 0 is clean. In float32, 1 - alpha_bar would lose most of its digits at small t."""
+    T + 1 entries, and entry 0 is clean. They are computed in float64, because 1 - alpha_bar cancels at small t."""
 
     def __init__(self, T=1000, beta_min=1e-4, beta_max=0.02):
         super().__init__()
@@ -135,8 +135,9 @@ TASKS = ("joint", "a2v", "v2a", "inpaint", "continue", "continue-2s")
 def task_mask(task, layout):
     """bool (S,): True where a task gives the segment. Raises ValueError if the task or a modality it needs is unknown.
 
-    continue     gives the first two segments of the time reference (5 frames, 0.625 s) and all else in that time
-    continue-2s  the first one (1 frame, 0.125 s) [App. F]; inpaint the first and the last one (4 frames, 0.5 s)
+    continue     gives the reference's first two segments (5 frames, 0.625 s) and all that lies in their time
+    continue-2s  gives its first one (1 frame, 0.125 s) [App. F]
+    inpaint      gives its first and its last one (1 and 4 frames, 0.125 and 0.5 s)
     """
     check_choice("task", task, TASKS)
     edges = layout.modalities[0].edges
@@ -146,9 +147,8 @@ def task_mask(task, layout):
         return layout.of(["audio"] if task == "a2v" else ["video"])
     if task == "inpaint":
         return layout.within(*edges[:2]) | layout.within(*edges[-2:])
-    return layout.within(
-        edges[0], edges[1] if task == "continue-2s" else edges[:3][-1]
-    )  # there may be one segment only
+    end = edges[1] if task == "continue-2s" else edges[min(2, len(edges) - 1)]
+    return layout.within(edges[0], end)
 
 
 # --- The timestep vector [Sec. 3.1, Sec. 3.2, Alg. 1] -----------------------------------------------------------------
@@ -163,13 +163,13 @@ def coincident(layout):
 # Each strategy turns independent timesteps t_ref (B, S) into timestep vectors (B, S) [Alg. 1, lines 6 to 17].
 STRATEGIES = {
     "vanilla": lambda t_ref, layout: t_ref[:, :1].expand_as(t_ref),  # t^(m,n) = t_ref^(1,1)
-    "pm": lambda t_ref, layout: t_ref[:, layout.first],  # t^(m,n) = t_ref^(m,1)
     "pt": lambda t_ref, layout: t_ref[:, coincident(layout)],  # t^(m,n) = t_ref^(1,n), with n matched by time
+    "pm": lambda t_ref, layout: t_ref[:, layout.first],  # t^(m,n) = t_ref^(m,1)
     "ptm": lambda t_ref, layout: t_ref,  # t^(m,n) = t_ref^(m,n)
 }
 MONL = ("vanilla", "pt", "pm", "ptm")
-for task in TASKS:  # task-specific training [Eq. 3, Table 1]: t = 0 where the task gives, one shared t elsewhere
-    STRATEGIES[f"task:{task}"] = lambda t_ref, layout, task=task: torch.where(task_mask(task, layout), 0, t_ref[:, :1])
+for name in TASKS:  # task-specific training [Eq. 3, Table 1]: t = 0 where the task gives, one shared t elsewhere
+    STRATEGIES[f"task:{name}"] = lambda t_ref, layout, task=name: torch.where(task_mask(task, layout), 0, t_ref[:, :1])
 
 
 def sample_timesteps(mixture, layout, batch, T, generator=None):
@@ -216,12 +216,12 @@ class Block(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, x, cond, layout):
-        """Tokens x (B, L, d) and the embedding of the timestep vector cond (B, S, d) -> (B, L, d)."""
+        """Tokens x (B, L, d), timestep embeddings cond (B, S, d) -> (B, L, d)."""
         shift1, scale1, shift2, scale2 = layout.per_token(self.ada(cond)).chunk(4, -1)  # (B, L, d) each
         y = self.norm(x) * (1 + scale1) + shift1
         q, k, v = rearrange(self.qkv(y), "b l (three h e) -> three b h l e", three=3, h=self.heads)
         # Query-key normalisation (ViT-22B, Dehghani et al. 2023), without parameters, bounds the attention logits.
-        q, k = (F.layer_norm(x, x.shape[-1:]) for x in (q, k))
+        q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         y = F.scaled_dot_product_attention(q, k, v)  # every token attends to all tokens of all modalities
         x = x + self.attend(rearrange(y, "b h l e -> b l (h e)"))
         return x + self.mlp(self.norm(x) * (1 + scale2) + shift2)
@@ -265,12 +265,12 @@ class AVDiT(nn.Module):
         """z_t (B, E), t (B, S), previous estimate of z0 (B, E) or None -> prediction (B, E)."""
         # The first estimates can be far off, above all at t = T. The clamp keeps them from drowning everything else.
         z0_prev = torch.zeros_like(z) if z0_prev is None else z0_prev.clamp(-10, 10)
-        z, z0_prev, tokens, positions = self.layout.unpack(z), self.layout.unpack(z0_prev), [], []
-        for m in self.layout.modalities:
-            x = self.project_in[m.name](torch.cat([z[m.name], z0_prev[m.name]], -1)).reshape(-1, m.N, m.P, self.dim)
-            x = x + (self.time[m.name][:, None] + self.space[m.name]).to(x.dtype)  # (B, N_m, P_m, d)
+        parts, tokens, positions = zip(self.layout.unpack(z).values(), self.layout.unpack(z0_prev).values()), [], []
+        for m, (z_m, prev_m) in zip(self.layout.modalities, parts):
+            x = self.project_in[m.name](torch.cat([z_m, prev_m], -1)).reshape(-1, m.N, m.P, self.dim)
+            x = x + (self.time[m.name][:, None] + self.space[m.name]).to(x.dtype)  # (B, N_m, P_m, d), bf16 if autocast
             tokens.append(x.flatten(1, 2))
-            positions.append(self.time[m.name] + self.space[m.name].mean(0))  # (N_m, d)
+            positions.append(self.time[m.name] + self.space[m.name].mean(0))  # (N_m, d); the mean tells the modality
         # Sec. 4 embeds the timestep vector together with positions. So a layer can treat the same noise level
         # differently in different segments and modalities.
         positions = torch.cat(positions).expand(len(t), -1, -1)
@@ -287,8 +287,8 @@ class AVDiT(nn.Module):
 def predict(model, schedule, layout, z, t, z0_prev=None):
     """Call the model and turn its prediction into estimates of z0 and eps, (B, E) each.
 
-    The paper's network regresses eps. W.A.L.T's, which the paper builds on, regresses v = a eps - s z0. Others regress
-    z0. Each of them and z_t = a z0 + s eps give the other two. Where t = 0, the estimate of z0 is z itself.
+    The paper's network regresses eps; W.A.L.T's, which the paper builds on, v = a eps - s z0; others z0. Given
+    z_t = a z0 + s eps, any one of them gives the other two. Where t = 0, the estimate of z0 is z itself.
     """
     out, (a, s) = model(z, t, z0_prev), schedule.scales(layout, t)
     if model.prediction == "eps":
@@ -303,7 +303,7 @@ def predict(model, schedule, layout, z, t, z0_prev=None):
 
 
 def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
-    """Lines 5 to 11 of Alg. 2. z0, eps (B, E) and t (B, S) -> the loss, and all squared errors (B, E) for a log.
+    """Lines 5 to 11 of [Alg. 2]. z0, eps (B, E) and t (B, S) -> the loss, and all squared errors (B, E) for a log.
 
     With one shared t the loss is [Eq. 1, Eq. 2]; with t from a mixture task:NAME it is [Eq. 3]. The loss is a mean over
     examples, so the losses of equal parts of a batch average to the loss of the batch.
@@ -318,8 +318,8 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
         with torch.no_grad():
             z0_prev, _ = predict(model, schedule, layout, z_t, t)
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[model.prediction]
-    # eps and v: every noisy element counts the same, as in Eq. 6. z0: elements at low noise count less, because their
-    # error is only fine detail. Elements at t = 0 have s = 0 and never count.
+    # eps and v: all noisy elements count alike, as in Eq. 6. z0: within an example, elements with s < 0.4 count less,
+    # because their error is fine detail. Elements at t = 0 have s = 0 and never count.
     weight = (6.25 * s**2).clamp(max=1) if model.prediction == "z0" else (s > 0).float()
     error = (model(z_t, t, z0_prev) - target) ** 2
     loss = ((weight * error).sum(1) / weight.sum(1).clamp(min=1e-8)).mean()  # [Eq. 6]
@@ -327,8 +327,8 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
 
 
 # --- Samplers [Alg. 3, Alg. 4, App. B] --------------------------------------------------------------------------------
-# One step down, elementwise [Eq. 4]: `now` is (a, s) at t and `then` is (a, s) at t_next, (B, E) each. Elements whose
-# timesteps are both 0 stay as they are. `noise()` draws standard normal noise like z.
+# One step down, elementwise [Eq. 4]: `now` is (a, s) at t and `then` is (a, s) at t_next, (B, E) each. `noise()` draws
+# standard normal noise like z. generate() restores given elements afterwards.
 
 
 def ddpm_step(z, z0_hat, eps_hat, now, then, noise):
@@ -359,8 +359,8 @@ def noise_like(z, generator=None):
 
 
 def respaced(T, steps, device=None):
-    """K = `steps` timesteps for sampling, and 0; K = T is Alg. 3 itself. Raises ValueError if K > T. They are tensors,
-    because XLA would compile a new program for every Python number."""
+    """`steps` timesteps from T down, then 0; steps = T is Alg. 3. Raises ValueError if steps > T. They are tensors: XLA
+    would compile a new program for every Python number."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: use 1 to {T}")
     taus = torch.linspace(T, 0, steps + 1, dtype=torch.float64).round().long()
@@ -371,11 +371,10 @@ def respaced(T, steps, device=None):
 
 
 def guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, noise):
-    """Classifier-free guidance for free [App. E]: extrapolate between predict() with and without the condition.
+    """Classifier-free guidance for free [App. E]: from the estimates without the condition, go beyond those with it.
 
-    The unconditional pass replaces the `dropped` segments (B, S) by pure noise at t = T, an input the network has seen
-    in training [Fig. 10, Fig. 11]. Self-conditioning must not show their clean values there either. Both passes run as
-    one batch of twice the size.
+    The unconditional pass replaces the `dropped` segments (B, S) by pure noise at t = T [Fig. 10, Fig. 11], a kind of
+    input that the network knows from training, and z0_prev does not show them either. Both passes run as one batch.
 
     DIFFERS FROM PAPER: [Eq. 15] puts noise in the wanted part; by the prose and Fig. 10 it belongs in the GIVEN part.
     """
@@ -391,12 +390,13 @@ def guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, noise):
 def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", guidance=0.0, guidance_drop=None,
              generator=None, on_step=None):  # fmt: skip
     """Generate the segments that are not given [Alg. 3, Alg. 4, Eq. 7] -> (B, E). Raises ValueError on wrong arguments.
+    Comments name the lines of Alg. 4; Alg. 3 is the same with nothing given.
 
     model          an AVDiT, or any callable (z, t, z0_prev) -> (B, E) with an attribute `prediction`
     z0             (B, E): clean latents where given, anything elsewhere
     given          bool (S,) or (B, S); given segments come back bit-identical
     sampler        a name in SAMPLERS
-    guidance       the paper's s in (1 + s) cond - s uncond. 0 is no guidance. Others write w = 1 + s.
+    guidance       the scale g in (1 + g) cond - g uncond. The paper calls it s; others write w = 1 + g. 0 is none.
     guidance_drop  names of the modalities that the unconditional pass drops; None drops all that is given
     on_step        called as on_step(i, steps) after step i = 1..steps, for a progress line
     """
@@ -408,16 +408,16 @@ def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", g
     guided = guidance and dropped.any()
     z, z0_prev = noise(), torch.zeros_like(z0)  # line 1
     for i, (tau, tau_next) in enumerate(pairwise(taus)):  # line 3
-        # DIFFERS FROM PAPER: "t = tau I" in line 4 of Alg. 3 and line 5 of Alg. 4 means that every wanted entry is tau.
+        # DIFFERS FROM PAPER: "tau I" in line 5, and in line 4 of Alg. 3, means that every wanted entry of t is tau.
         # "(m_c + 1 : M, N)" in line 6 means all N segments.
-        t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2, 4 and 5
+        t, t_next = torch.where(given, 0, tau), torch.where(given, 0, tau_next)  # lines 2 and 5
         z = torch.where(given_e, z0, z)  # line 6's [z_0, z_tau]
         if guided:
             z0_hat, eps_hat = guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, noise)
         else:
             z0_hat, eps_hat = predict(model, schedule, layout, z, t, z0_prev)  # line 6
         now, then = schedule.scales(layout, t), schedule.scales(layout, t_next)
-        z = SAMPLERS[sampler](z, z0_hat, eps_hat, now, then, noise)  # line 7
+        z = SAMPLERS[sampler](z, z0_hat, eps_hat, now, then, noise)  # lines 4 and 7
         z0_prev = torch.where(given_e, z0, z0_hat)  # guidance extrapolates, which is meaningless where z0 is given
         if on_step:
             on_step(i + 1, steps)
@@ -431,10 +431,10 @@ def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17)
     """Video of 1 + 4 k frames, with segments of 1, 4, 4, ... frames; audio with segments of `segment` seconds."""
     if frames % 4 != 1:
         raise ValueError(f"{frames} frames are not 1 + 4 k")
-    starts = (0, *range(1, frames + 1, 4))
+    edges = (0, *range(1, frames + 1, 4))
     count = int(frames / fps / segment + 1e-6)
     return [
-        Modality("video", grid, video_channels, tuple(start / fps for start in starts)),
+        Modality("video", grid, video_channels, tuple(edge / fps for edge in edges)),
         Modality("audio", (), audio_channels, tuple(n * segment for n in range(count + 1))),
     ]
 
@@ -456,8 +456,8 @@ class Preset:
 
 
 PRESETS = {
-    # The toy world of data.py. It predicts z0: with eps the modalities stay unrelated, and v, most of which is noise,
-    # blurs the ball, because a token has as many channels as the network is wide.
+    # The toy world of data.py. It predicts z0: with eps the modalities stay unrelated, and v blurs the ball, because a
+    # network of width 128 cannot pass on the noise of a token's 128 channels.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0",
                   sampler="ddpm", sampling_steps=40),
     # Some hundreds of real clips of 64 x 64 pixels, as data.py reads them.

@@ -1,6 +1,6 @@
 """The data: a toy world, folders of clips, files of latents; and the tokenizers between clips and latents.
 
-Clips are dicts {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}; those of a .npz file are its latents.
+Clips are dicts {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}. A .npz's latents stand in for clips.
 The three kinds of data that `--data` can name are ToyWorld, Folder and Latents, below the tokenizers.
 """
 
@@ -44,8 +44,12 @@ def mirror(q):
 def toy_clips(n, seed, frames=FRAMES):
     """-> clips, truth: n toy clips; truth is {"position": (n, frames, 2) x and y in 0..1, "hue": (n,) in 0..1}."""
     draws = np.random.default_rng(seed).random((n, 6))
-    parts = [render(torch.from_numpy(d), frames) for d in np.array_split(draws, math.ceil(n / 256))]
-    return tuple({k: torch.cat([part.pop(k) for part in same]) for k in list(same[0])} for same in zip(*parts))
+    parts = [render(torch.from_numpy(d), frames) for d in np.array_split(draws, math.ceil(n / 256))]  # to save memory
+    return tuple(map(collate, zip(*parts)))
+
+
+def collate(parts):
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}  # pop frees each part
 
 
 def render(draws, frames=FRAMES):
@@ -71,11 +75,9 @@ def render(draws, frames=FRAMES):
 
 
 class Components(nn.Module):
-    """Principal components: x (..., D) <-> z (..., C). Every channel of z has zero mean and unit variance.
-
-    With unit variance, faint components would weigh as much as the ball itself; with their own, they would never be
-    learned. So each one's standard deviation becomes its square root. A random rotation then spreads the components
-    over the channels, so that these have about the same variance. Channels beyond the data's rank stay zero."""
+    """Principal components: x (..., D) <-> z (..., C). Whitened, faint components would count as much as strong ones;
+    unscaled, they would never be learned. So each is divided by the square root of its standard deviation. A random
+    rotation then mixes them, and each channel gets zero mean and unit variance, or is zero beyond the data's rank."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -107,15 +109,15 @@ class Components(nn.Module):
 class PatchTokenizer(nn.Module):
     """uint8 video (n, 1 + 4 k, H, W, 3) <-> z (n, 1 + k, h, w, d): components of 1-frame, then of 4-frame patches.
 
-    With `residual`, later segments encode the residual of a linear prediction from the first frame: the scene of a real
-    clip stays, and would fill them otherwise. As in the paper's causal tokenizer, no segment depends on later frames."""
+    With `residual`, later segments encode the residual of a linear prediction from the first frame; a real clip's
+    static scene would fill them otherwise. As in the paper's causal tokenizer, no segment depends on later frames."""
 
     def __init__(self, modality, size, residual):
         super().__init__()
         self.patch, self.residual = size // modality.grid[0], residual
         self.first = Components(self.patch**2 * 3, modality.channels)
         self.later = Components(4 * self.patch**2 * 3, modality.channels)
-        self.register_buffer("slope", torch.zeros(self.later.into.mT.shape))  # (d, D) of the linear prediction
+        self.register_buffer("slope", torch.zeros(modality.channels, 4 * self.patch**2 * 3))  # of the prediction
 
     def patches(self, video, frames):  # (n, k frames, H, W, 3) -> (n, k, h, w, D)
         pattern = "n (k f) (h p) (w q) c -> n k h w (f p q c)"
@@ -148,10 +150,8 @@ class PatchTokenizer(nn.Module):
 
 
 class SpectrumTokenizer(nn.Module):
-    """float32 sound (n, samples) <-> z (n, N, d): components of the square-root magnitudes of a segment's spectra.
-
-    A segment has 8 spectra, one centred on each hop, in windows of about two hops. Griffin-Lim finds phases that fit.
-    Sound after the last whole segment is trimmed."""
+    """float32 sound (n, samples) <-> z (n, N, d): components of the square-root magnitudes of a segment's 8 spectra,
+    one per hop, in windows of about two hops. Griffin-Lim finds phases. Sound after the last segment is trimmed."""
 
     def __init__(self, modality, sample_rate):
         super().__init__()
@@ -265,7 +265,7 @@ def features_of(function, x, clips=1024, most=2**26):
 
 
 # --- The three kinds of data ------------------------------------------------------------------------------------------
-# Each has a default preset and format. A checkpoint brings its own layout: sampling needs no data if nothing is given.
+# Each has a default preset and format. A checkpoint brings its layout: sampling needs no data if nothing is given.
 
 
 def kind_of(path):
@@ -327,7 +327,7 @@ class Folder:
         return media_tokenizers(self.layout, self.media, residual=True)
 
     def training_clips(self):
-        """-> clips, names of held-out files. A window starts at every frame; windows are views that share memory."""
+        """-> clips, names of held-out files. A window starts at every frame; windows share memory."""
         paths = sorted(path for path in self.path.iterdir() if path.is_file() and not path.name.startswith("."))
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for one ffmpeg
             parts = dict(usable(paths, lambda path: clip_windows(path, self.layout, self.media, every=1), pool.map))
@@ -348,7 +348,7 @@ class Folder:
 class Latents:
     """A .npz of latents. Every tenth clip is held out."""
 
-    preset, media, decodes = "clips", TOY, False
+    preset, media, decodes = "clips", TOY, False  # media: unused, but flags for it are refused
 
     def __init__(self, path, media, layout=None):
         self.path, self.layout = path, layout or read_latents(path)[1]
@@ -365,7 +365,7 @@ class Latents:
 
 
 def held_out(names):
-    """A tenth of the names, by a hash, so that one more file does not move any other. At least one, and not all."""
+    """A tenth of the names, by a hash, so that one more file does not move any other. At least one; not all of two."""
     rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
     tenth = sorted(name for name in names if rank[name] % 10 == 0)
     return tenth if 0 < len(tenth) < len(rank) else [min(names, key=rank.get)]
@@ -399,8 +399,8 @@ def decode_clip(path, media):
 
     ffmpeg chooses the streams. One call decodes both, so their times have one origin. What starts later than the other
     is preceded by its own first frame, or by silence."""
-    square = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # the sample aspect ratio, sar: pixels need not be square
-    picture = ["-an", "-vf", f"fps={media.fps}:start_time=0,{square},scale={media.size}:{media.size}"]
+    crop = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # the sample aspect ratio, sar: pixels need not be square
+    picture = ["-an", "-vf", f"fps={media.fps}:start_time=0,{crop},scale={media.size}:{media.size}"]
     picture += ["-t", "3600", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     sound = ["-vn", "-af", "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"]
     sound += ["-t", "3600", "-ar", str(media.sample_rate), "-f", "wav", "-c:a", "pcm_f32le"]
@@ -426,8 +426,8 @@ def clip_windows(path, layout, media, seconds=None, every=None):
     """Decode a clip and cut it into windows -> {"video": list of views, "audio": list of views}. They last `seconds` or
     as long as the layout. One starts every `every` frames, or where the one before ends. ValueError if none fits."""
     video, audio = decode_clip(path, media)
-    need, sound = (seconds or m.edges[-1] for m in layout.modalities)
-    frames, samples = round(need * media.fps), round(sound * media.sample_rate)
+    need, need_audio = (seconds or m.edges[-1] for m in layout.modalities)
+    frames, samples = round(need * media.fps), round(need_audio * media.sample_rate)
     starts = [(k, round(k / media.fps * media.sample_rate)) for k in range(0, len(video) - frames + 1, every or frames)]
     starts = [(frame, sample) for frame, sample in starts if sample + samples <= len(audio)]
     if not starts:

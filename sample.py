@@ -45,8 +45,7 @@ def sample(args):
 
 
 def choose_masks(args, trained):
-    """-> {task: bool (S,)} of the whole clip, for --given or --task. "all" leaves out tasks whose modality is missing.
-    Raises ValueError if the arguments contradict each other or the checkpoint."""
+    """-> {task: bool (S,)} of the whole clip. ValueError if arguments contradict each other or the checkpoint."""
     mistakes = [
         (args.given and args.task != "all", "--given and --task each say what is given: use one"),
         (args.guidance_drop and not args.guidance, "--guidance-drop is for a --guidance other than 0"),
@@ -111,20 +110,19 @@ def true_clips(trained, args, masks):
 #     of window 1                                 0  1  2  3  4
 #     of window 2                                          0  1  2  3  4
 #
-# The first two segments of a window are given: they are the last two of the window before. Segment 0 of a window is one
-# frame, the last one of its segment in the whole clip.
+# A window after the first is given its first two segments: 5 frames, the last 5 frames of the window before.
 
 
 def generate_clips(trained, args, z_true, given, label):
     """Generate what is not given, and decode -> clips. z_true: one (n, E) per window; given: (S,) of the whole clip.
 
-    Shared frames are encoded anew as the beginning of the next window. Shared sound keeps its latents, since all its
-    segments are alike. So the sound is decoded once, and no seam is heard."""
+    Shared frames are encoded anew, because a window's first segment is one frame alone. Shared sound keeps its latents,
+    because its segments are equally long. So the sound is decoded once, and no seam is heard."""
     generator, tokenizers = torch.Generator().manual_seed(args.seed), trained.tokenizers
     skip, frames, latents, video, audio = trained.skip, trained.shared_frames, {}, [], []
     for k, (z, given_k) in enumerate(zip(z_true, trained.windows(given))):
         if k:
-            before = {name: x.roll(skip[name], 1) for name, x in latents.items()}  # its last segments come first
+            before = {name: x.roll(skip[name], 1) for name, x in latents.items()}  # the shared segments come first now
             before["video"][:, : skip["video"]] = tokenizers["video"].encode(video[-1][:, -frames:])
             z = torch.where(trained.layout.per_element(trained.shared), trained.layout.pack(before), z)
             given_k = given_k | trained.shared
@@ -268,9 +266,8 @@ def film(video, audio, given, rate, width=256):
     with a white line at the present moment. given: the masks of frames and of sound samples."""
     zoom = max(1, width // video.shape[2])
     width = zoom * video.shape[2]
-    gap = np.zeros((8, width, 3), np.uint8)
+    gap, frames = np.zeros((8, width, 3), np.uint8), []
     below = [gap, track(given[0], width, 16), gap, spectrogram(audio, rate, width, 48), track(given[1], width, 16)]
-    frames = []
     for i, frame in enumerate(video):
         strip = np.concatenate(below)
         at = i * width // len(video)
@@ -322,8 +319,7 @@ def write_media(folder, out, sheet=None):
         settings = {"fps": out["fps"], "macro_block_size": 16, "ffmpeg_log_level": "error", **sound}
         imageio.mimwrite(folder / f"{i:02}.mp4", film(video, audio, given, rate), **settings)
     if sheet:
-        true = out["video_true"][:8] if "video_true" in out else None
-        write_sheet(folder / "sheet.png", sheet, out["video"][:8], out["audio"][:8], given, rate, true)
+        write_sheet(folder / "sheet.png", sheet, out["video"][:8], out["audio"], given, rate, out.get("video_true"))
 
 
 def write_page(out, layout, masks, n):
@@ -331,11 +327,12 @@ def write_page(out, layout, masks, n):
     seconds = layout.ends - layout.starts
     style = "body {font-family: sans-serif; margin: 1.5em} div {display: flex; flex-wrap: wrap; gap: 1em}"
     page = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>AVDiT</title>",
-            f"<style>{style} figure {{margin: 0}} img, video {{max-width: 100%}}</style>",
+            f"<style>{style} figure {{margin: 0; max-width: 45%}} img, video {{max-width: 100%}}</style>",
             "<p>Grey was given, green was generated.</p>"]  # fmt: skip
     for task, given in masks.items():
-        spans = [f"{seconds[given & layout.of([name])].sum():g} s of {name}" for name in layout.names]
-        page.append(f"<h2>{task}</h2><p>Given: {', '.join(spans)}.</p><div>")
+        spans = {name: seconds[given & layout.of([name])].sum() for name in layout.names}
+        spans = [f"{x:g} s of {name}" for name, x in spans.items() if x]
+        page.append(f"<h2>{task}</h2><p>Given: {' and '.join(spans) or 'nothing'}.</p><div>")
         for i in range(n):
             for folder in (task, "true") if given.any() else (task,):
                 clip = f"<video controls width=256 src='{folder}/{i:02}.mp4'></video>"

@@ -57,8 +57,8 @@ def train(args):
             eps = draw_noise(args.seed, step, rows, layout.E)  # line 3
             z0, t_rows, eps = machine.put(z[index[rows]], t[rows], eps)
             with precision(args.dtype, machine.device, layout):
-                loss, error = training_loss(net, schedule, layout, z0, t_rows, eps, self_conditioning)  # lines 5 to 10
-            (loss / args.accumulate).backward()  # line 11; DistributedDataParallel averages over processes
+                loss, error = training_loss(net, schedule, layout, z0, t_rows, eps, self_conditioning)  # lines 5 to 11
+            (loss / args.accumulate).backward()  # DistributedDataParallel averages over processes
             run.log.add(error, t_rows, schedule.T)
             end_step(machine.device)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -66,7 +66,7 @@ def train(args):
             optimizer.step()
         average(run.ema, run.model, step, args.ema)
         end_step(machine.device)
-        run.finish(step + 1)
+        run.after_step(step + 1)
     print(f"done: {run.path}")
 
 
@@ -85,7 +85,7 @@ def draw(args, step, examples, layout, T):
 
 
 def draw_noise(seed, step, rows, E):
-    """eps (len(rows), E) of these rows of the batch. Rows count from 1 in the seed: NumPy takes [.., 0] for [..]."""
+    """eps (len(rows), E) of these rows of the batch. SeedSequence ignores a last 0, so rows count from 1 in it."""
     words = [np.random.SeedSequence([seed, step, row + 1]).generate_state(1) for row in rows.tolist()]
     return torch.stack([torch.randn(E, generator=torch.Generator().manual_seed(int(word[0]))) for word in words])
 
@@ -147,7 +147,7 @@ class Machine:
     gradients; or one process that spreads every batch over all XLA devices (SPMD). Only rank 0 prints and saves."""
 
     def __init__(self, name):
-        self.rank, self.world = (int(os.environ.get(*what)) for what in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.mesh = None
         if name == "xla" and self.world > 1:
             raise ValueError("--device xla spreads one process over all devices: start it without torchrun")
@@ -188,7 +188,7 @@ class Machine:
         if self.world == 1:
             return model
         net = DistributedDataParallel(model, broadcast_buffers=False)
-        net.prediction = model.prediction  # training_loss reads it
+        net.prediction = model.prediction
         return net
 
     def total(self, x):
@@ -203,10 +203,8 @@ class Machine:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon [Jordan et al. 2024], for matrices: Nesterov momentum, made nearly orthogonal by Newton-Schulz iterations.
-
-    torch.optim.Muon always computes in bf16, which doubles the step's time on a CPU without bf16 instructions.
-    """
+    """Muon (Jordan et al. 2024), for matrices: Nesterov momentum, made nearly orthogonal by Newton-Schulz iterations.
+    torch.optim.Muon always computes in bf16, in which a CPU without bf16 instructions takes 15 times as long."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.0, "weight_decay": 0.01, "lr_scale": 2.5})
@@ -236,13 +234,15 @@ def make_optimizers(name, model):
         is_matrix = name == "muon" and key.startswith("blocks.") and p.ndim == 2
         (matrices if is_matrix else rest).append(p)
     fused = rest[0].device.type in ("cpu", "cuda")
-    optimizers = {"adamw": torch.optim.AdamW([{"params": rest, "lr_scale": 1}], betas=(0.9, 0.99), fused=fused)}
+    optimizers = {
+        "adamw": torch.optim.AdamW([{"params": rest, "lr_scale": 1}], betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+    }
     return {**optimizers, "muon": Muon(matrices)} if matrices else optimizers
 
 
 # --- A run, its checkpoint and its log --------------------------------------------------------------------------------
 
-FORMAT = 5  # a change that another version would misread adds one
+FORMAT = 5  # to be raised when an older version would misread the file
 FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
 
 
@@ -252,7 +252,7 @@ class Run:
 
     def __init__(self, args, data, machine):
         self.args, self.data, self.machine, self.path = args, data, machine, Path(args.out) / "ckpt.pt"
-        sample_timesteps(args.mixture, data.layout, 1, 2)  # a mixture may name a modality that the data lack
+        sample_timesteps(args.mixture, data.layout, 1, 2)  # raises if the mixture does not suit the data
         torch.manual_seed(args.seed)
         self.model = PRESETS[args.preset].model(data.layout, args.prediction).to(machine.device)
         self.ema = copy.deepcopy(self.model)
@@ -279,7 +279,7 @@ class Run:
             self.load()
         z = self.tokenizers.encode(clips)
         if len(z) != self.about["clips"]:
-            raise FileExistsError(f"{self.path} is of a run on {self.about['clips']} clips, not {len(z)}")
+            raise FileExistsError(f"{self.path} is of {self.about['clips']} clips, not {len(z)}: use another --out")
         self.log.began = (self.step, time.monotonic())
         return z
 
@@ -298,7 +298,7 @@ class Run:
                 part.load_state_dict(saved[name])
 
     def save(self, step):
-        """Write the checkpoint, once for all processes, which go on when it is there."""
+        """Rank 0 writes the checkpoint; the others wait."""
         if self.machine.rank == 0:
             state = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
             with replacing(self.path) as path, path.open("wb") as file:
@@ -312,9 +312,8 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-    def finish(self, step):
-        """After each step: when it is time, a line of the log, and a checkpoint with it, so that a resumed run has the
-        same log. Raises FloatingPointError before a broken run is saved."""
+    def after_step(self, step):
+        """Log and save when due. A save also logs, so that a resumed run has the same log. Stops a broken run."""
         saves = step % self.args.save_every == 0 or step == self.args.steps
         if saves or step % self.log.EVERY == 0:
             tensors = [self.machine.total(self.log.sums), *self.model.parameters()]
@@ -447,7 +446,7 @@ def number(kind, least, most):
 
 
 def make_parser():
-    """The data choose the default preset, and both choose the other defaults. So these two flags are read first."""
+    """--data sets the default preset, and both set the other defaults, so these two are read first."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--data", default="toy", help="toy, a folder of clips, or a .npz of latents (%(default)s)")
     kind = kind_of(first.parse_known_args()[0].data)
