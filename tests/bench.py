@@ -30,13 +30,11 @@ from avdit import (
     NoiseSchedule,
     av_modalities,
     generate,
-    loss_weights,
     sample_timesteps,
     task_mask,
     training_loss,
 )
-from data import draw, draw_noise
-from train import DEVICES, make_optimizers, open_device, precision
+from train import DEVICES, RECIPES, draw, draw_noise, make_optimizers, open_device, precision
 
 try:
     from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
@@ -110,8 +108,15 @@ class LTX(nn.Module):
 
 def segment_of_token(layout):
     """(L,) index of the segment each token belongs to."""
-    tokens = torch.cat([torch.full((m.N,), m.P) for m in layout.modalities])
-    return torch.arange(layout.S).repeat_interleave(tokens)
+    return layout.per_token(torch.arange(layout.S)[None, :, None])[0, :, 0]
+
+
+def count_tokens(layout):
+    return sum(m.N * m.P for m in layout.modalities)
+
+
+def recipe_of(preset):
+    return next(RECIPES[name] for name in PRESETS if PRESETS[name] is preset)
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -220,14 +225,14 @@ class Case:
 
     def __init__(self, preset, layout, depth, batch, device, dtype, compiled=False):
         dim, heads = preset.dim, preset.heads
-        self.layout, self.dim, self.optimizer = layout, dim, preset.optimizer
+        self.layout, self.dim, self.optimizer = layout, dim, recipe_of(preset)["optimizer"]
         self.device, self.dtype = device, dtype
         torch.manual_seed(0)
         kinds = {"ours": Ours, "DiT": DiT, "LTX": LTX} if LTXVideoTransformerBlock else {"ours": Ours, "DiT": DiT}
         self.stacks = {k: kind(dim, depth, heads, layout).to(device) for k, kind in kinds.items()}
         if compiled:
             self.stacks = {k: torch.compile(stack) for k, stack in self.stacks.items()}
-        L = sum(layout.tokens)
+        L = count_tokens(layout)
         self.x, self.c = (torch.randn(batch, n, dim, device=device, requires_grad=True) for n in (L, layout.S))
         self.grad = torch.randn(batch, L, dim, device=device)
         self.z0, self.eps = torch.randn(2, batch, layout.E, device=device)
@@ -236,7 +241,7 @@ class Case:
 
     def forward(self, stack):
         def job():
-            with torch.no_grad(), precision(self.dtype, self.device):
+            with torch.no_grad(), precision(self.dtype, self.device, self.layout):
                 stack(self.x, self.c, self.layout)
 
         return job
@@ -244,7 +249,7 @@ class Case:
     def backward(self, stack):
         def job():
             stack.zero_grad()
-            with precision(self.dtype, self.device):
+            with precision(self.dtype, self.device, self.layout):
                 out = stack(self.x, self.c, self.layout)
             out.backward(self.grad)
 
@@ -261,7 +266,7 @@ class Case:
 
         def job():
             model.zero_grad()
-            with precision(self.dtype, self.device):
+            with precision(self.dtype, self.device, self.layout):
                 loss, _ = training_loss(model, *inputs, self_conditioning=True)
             loss.backward()
             for optimizer in optimizers.values():
@@ -273,7 +278,7 @@ class Case:
         model, given = self.model(stack), task_mask("joint", self.layout)
 
         def job():
-            generate(model, self.schedule, self.layout, self.z0, given, steps=1, sampler="dpmpp_2m")
+            generate(model, self.schedule, self.layout, self.z0, given, steps=1, sampler="ddim")
 
         return job
 
@@ -306,14 +311,13 @@ def growth(toy, count, device, dtype):
 
 def data_share(toy, count, device, dtype):
     """What train.py does for a batch before the network sees it: clips are encoded once, before the first step."""
-    layout, table = Layout(toy.modalities), NoiseSchedule()
-    case, z = Case(toy, layout, toy.depth, toy.batch, device, dtype), torch.randn(4096, layout.E)
+    layout, args = Layout(toy.modalities), argparse.Namespace(seed=0, batch=RECIPES["toy"]["batch"], mixture="monl")
+    case, z = Case(toy, layout, toy.depth, args.batch, device, dtype), torch.randn(4096, layout.E)
 
     def batch():
-        index, t, _ = draw(0, 0, len(z), toy.batch, "monl", layout, table.T)
-        weight = loss_weights(table, layout, t, toy.noise_power)
-        eps = draw_noise(0, 0, torch.arange(toy.batch), layout.E)
-        return [x.to(device) for x in (z[index], t, eps, weight)]
+        index, t, _ = draw(args, 0, len(z), layout, case.schedule.T)
+        eps = draw_noise(args.seed, 0, torch.arange(args.batch), layout.E)
+        return [x.to(device) for x in (z[index], t, eps)]
 
     times = rounds({"batch": batch, "step": case.training_step(case.stacks["ours"])}, count, device)
     print(f"\ndrawing a batch of the toy world: {ratio(times, 'batch', 'step'):.1%} of a training step")
@@ -331,7 +335,7 @@ def paper_step(preset, device, dtype):
         def job():
             z0, eps = torch.randn(2, batch, layout.E, device=device)
             t = sample_timesteps("monl", layout, batch, schedule.T).to(device)
-            with precision(dtype, device):
+            with precision(dtype, device, layout):
                 loss, _ = training_loss(model, schedule, layout, z0, t, eps, self_conditioning=True)
             loss.backward()
             optimizer.step()
@@ -342,8 +346,9 @@ def paper_step(preset, device, dtype):
     flops = counted(step(1)).flops  # after this, all that is kept is there
     for batch in (1, 2, 4):
         print(f"  batch {batch}: {peak_memory(step(batch), device) / 2**30:.1f} more", flush=True)
-    total = flops * 3.9 / 4 * preset.batch * preset.steps  # 3 or, at a rate of 0.9, 4 passes forward or like it
-    print(f"{flops / 1e12:.2f} TFLOP an example; {preset.steps} steps of batch {preset.batch}: "
+    recipe = recipe_of(preset)
+    total = flops * 3.9 / 4 * recipe["batch"] * recipe["steps"]  # 3 or, at a rate of 0.9, 4 passes forward or like it
+    print(f"{flops / 1e12:.2f} TFLOP an example; {recipe['steps']} steps of batch {recipe['batch']}: "
           f"{total / 1e18:.0f} EFLOP, {total / 1e14 / 86400:.0f} days at 100 TFLOP/s")  # fmt: skip
 
 
@@ -373,7 +378,7 @@ def main():
     case.report("paper width, blocks, forward", Case.forward, args.rounds)
     case.report("paper width, whole training step", Case.training_step, args.rounds)
     for layout in (Layout(toy.modalities), Layout(av_modalities(8, (4, 4), 64, 0.04, 64))):
-        tokens, case = sum(layout.tokens), Case(toy, layout, toy.depth, toy.batch, *rest)
+        tokens, case = count_tokens(layout), Case(toy, layout, toy.depth, RECIPES["toy"]["batch"], *rest)
         case.report(f"toy width, {tokens} tokens, blocks, training", Case.backward, args.rounds)
         case.report(f"toy width, {tokens} tokens, training step", Case.training_step, args.rounds)
         case.report(f"toy width, {tokens} tokens, sampling step", Case.sampling_step, args.rounds)

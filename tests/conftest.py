@@ -13,22 +13,23 @@ import data
 import train
 
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(1)  # small tensors; and the toy run below has the other core
+torch.set_num_threads(1)  # the tensors are small, and the toy run below uses the other core
 
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Run a script's main() in this process, which spares the start-up -> exit status, stdout, stderr."""
+    """call(script, *arguments) runs its main() in this process, in tmp_path -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
         capsys.readouterr()
+        status = 0
         try:
-            status = script.main()
+            assert not script.main()
         except SystemExit as stop:
-            status = stop.code
-        return status or 0, *capsys.readouterr()
+            status = stop.code or 0
+        return status, *capsys.readouterr()
 
     return call
 
@@ -43,7 +44,7 @@ def latents(tmp_path):
 
 @pytest.fixture
 def tiny_run(call, monkeypatch, tmp_path):
-    """Folder of a model of the toy world that knows nothing, for tests of what sample.py does around it."""
+    """Folder of an untrained model of the toy world, for tests of what sample.py does around the model."""
     toy_clips = data.toy_clips
     monkeypatch.setattr(data, "toy_clips", lambda n, *more: toy_clips(min(n, 32), *more))
     assert call(train, "--steps", 1, "--batch", 2, "--out", "runs/tiny")[0] == 0
@@ -52,7 +53,7 @@ def tiny_run(call, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session", autouse=True)
 def toy_training(request, tmp_path_factory):
-    """A short run of the toy world, which goes on beside the first tests where a later one needs it."""
+    """Starts a short run of the toy world if a test needs it. It runs in another process beside the first tests."""
     if not any("toy_run" in item.fixturenames for item in request.session.items):
         yield
         return
@@ -67,7 +68,7 @@ def toy_training(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_run(toy_training):
-    """Folder of a model that has seen a little of the toy world, for tests of sampling, and one of learning."""
+    """Folder of a model of the toy world after 350 steps."""
     process, folder = toy_training
     _, err = process.communicate()
     assert process.returncode == 0, err

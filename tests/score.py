@@ -1,23 +1,27 @@
-"""Score a model of the toy world: what its decoded pixels and samples show, against what is true.
+"""Score a model of the toy world: compare what its decoded pixels and sound show with what is true.
 
-`python tests/score.py --ckpt runs/toy --n 256` prints a row a task. First stand the readers, which know pixels and
-samples alone and never latents; then the scores; then the table. Scores of windows: --task continue --seconds 15.625.
+`python tests/score.py --ckpt runs/toy --n 256` prints one row per task; `--task continue --seconds 15.625` prints one row
+per window. First stand the readers, which see only pixels and sound and never latents. Then come the scores, the
+baselines and the table.
 """
 
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import talking
+from baselines import generate_baseline
 
 import sample
 from avdit import task_mask
-from data import FRAMES, PIXELS, THIRDS, TOY, mirror, toy_clips
-from train import open_device
+from data import FRAMES, PIXELS, THIRDS, TOY, ToyWorld, mirror, toy_clips
+from train import number, open_device
 
 FPS, RATE = TOY.fps, TOY.sample_rate
 RADIUS = 0.1258  # rms radius of a real ball, as read_video reads it
@@ -118,11 +122,11 @@ def spread(video, group):
 def score(trained, task, clips, true, given, real, learned):
     """-> dict of the scores that mean something for the task.
 
-    clips, true    raw clips; true[i] gave clips[i] its given part, the segments of the mask `given`
+    clips, true    raw clips of one window; true[i] gave clips[i] its given part, the segments of the mask `given`
     real, learned  latents of other real clips and of the training clips
     Scores run over the generated frames and the sound at them; motion, spread and nearest over the whole clip.
     """
-    seen_given, heard_given = trained.per_frame(given).values()
+    seen_given, heard_given = trained.per_frame(given, trained.layout).values()
     at_frame = torch.arange(FRAMES) * RATE // FPS
     frames = ~(seen_given & heard_given[at_frame])
     position, hue, radius = read_video(clips["video"])
@@ -153,6 +157,23 @@ def score(trained, task, clips, true, given, real, learned):
     return s
 
 
+# --- The baselines ----------------------------------------------------------------------------------------------------
+
+METHODS = ("monl", "replacement", "reconstruction")
+
+
+def method(args):
+    """While this context lasts, sample.py generates by args.method, where "monl" is avdit.generate itself."""
+    if args.method == "monl":
+        return nullcontext()
+
+    def generate(*inputs, guidance, guidance_drop, **settings):
+        strength = args.strength if args.method == "reconstruction" else 0.0
+        return generate_baseline(*inputs, strength=strength, **settings)
+
+    return mock.patch.object(sample, "generate", generate)
+
+
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
@@ -163,56 +184,67 @@ def toy_scores(trained):
 
 
 def table(args, trained, tasks):
-    """Print a row a task, or of every window of clips that are continued; the first is real clips, encoded and decoded."""
-    windows, toy = trained.windows(args.seconds), trained.data == "toy"
-    seconds = trained.span + (windows - 1) * trained.step
-    clips = trained.clips(None, args.n, seconds)
-    z = [trained.tokenizers.encode(trained.window(clips, k)) for k in range(windows)]
+    """Print one row per task, or one row per window of a longer clip. The first row is real clips, encoded and decoded."""
+    toy = isinstance(trained.data, ToyWorld)
+    clips = trained.data.held_out_clips(trained.held_out, args.n, trained.seconds)
+    first, z = trained.window(clips, 0), trained.encode(clips, args.n)
     measure = toy_scores(trained) if toy else talking.Scores(trained, nearest)
     names, nothing = SCORES if toy else talking.SCORES, task_mask("joint", trained.layout)
 
     def row(name, task, made, true, given):
         s = measure(task, made, true, given)
         if toy and task == "a2v":  # once more, 16 samples of every sound, to see how they spread
-            again = sample.make(trained, args, [z[0][torch.arange(args.n) // 16]], [given], task)
+            again = sample.generate_clips(trained, args, [z[0][torch.arange(args.n) // 16]], given, task)
             s["spread"] = spread(again["video"], 16)
         cells = (f"{float(s[k]):14.3f}" if k in s else f"{'-':>14}" for k in names)
         print(f"{name:12}" + "".join(cells), flush=True)
 
     frechet_is = "; Frechet distances of latents to 1024 other clips, not FVD or FAD" if toy else ""
-    print(f"{len(z[0])} samples a task{frechet_is}")
+    print(f"{len(z[0])} samples per task{frechet_is}")
     print(" " * 12 + "".join(f"{k:>14}" for k in names))
     if not toy:
-        row("real", "", trained.window(clips), trained.window(clips), nothing)
-        still = {name: x.clone() for name, x in trained.window(clips).items()}  # the last given frame, held
+        row("real", "", first, first, nothing)
+        still = {name: x.clone() for name, x in first.items()}  # the last given frame stands still
         still["video"][:, 5:] = still["video"][:, 4:5]
-        row("still", "continue", still, trained.window(clips), task_mask("continue", trained.layout))
-    row("tokenizer", "", trained.tokenizers.decode(z[0]), trained.window(clips), nothing)
+        row("still", "continue", still, first, task_mask("continue", trained.layout))
+    row("tokenizer", "", trained.tokenizers.decode(z[0]), first, nothing)
     for task, given in tasks.items():
-        masks = trained.masks(given, windows, seconds)
-        made = sample.make(trained, args, z, masks, task)
-        for k, mask in enumerate(masks):
-            name = f"{task} {k + 1}" if windows > 1 else task
-            row(name, task, trained.window(made, k), trained.window(clips, k), mask)
+        made = sample.generate_clips(trained, args, z, given, task)
+        for k, mask in enumerate(trained.windows(given)):
+            name = f"{task} {k + 1}" if trained.count > 1 else task
+            row(name, task, trained.window(made, k), trained.window(clips, k), mask | trained.shared if k else mask)
+
+
+def make_parser():
+    parser = sample.make_parser(__doc__.split("`")[0], n=256)
+    add = parser.add_argument
+    add("--method", default="monl", choices=METHODS, help="monl, or a baseline for models with one t (%(default)s)")
+    add("--strength", type=number(float, 0, 1000), default=0.02, help="lambda of reconstruction (%(default)s)")
+    parser.set_defaults(given=[], input=None)
+    return parser
 
 
 def main():
-    parser = sample.make_parser(__doc__.split("`")[0], n=256)
-    parser.set_defaults(given=[], input=None)
+    parser = make_parser()
     args = parser.parse_args()
     with parser.guarding("use a smaller --n"):
-        trained = sample.Trained(args.ckpt, open_device(args.device))
-        tasks = sample.check(args, trained)
-        toy = trained.data == "toy"
-        if not trained.decodes:
-            parser.error("scores are for the toy world and for folders of clips, not for files of latents")
-        if toy and (args.n % 16 or args.n > 1024):
-            parser.error("--n must be a multiple of 16 up to 1024")
-        if args.seconds and (not toy or args.task != "continue"):
-            parser.error("--seconds is scored with --task continue of the toy world, where there is one right answer")
-        table(args, trained, tasks)
-    return 0
+        trained = sample.Trained(args.ckpt, open_device(args.device), args.seconds)
+        tasks, toy = sample.choose_masks(args, trained), isinstance(trained.data, ToyWorld)
+        mistakes = [
+            (not trained.data.decodes, "scores are for the toy world and for folders of clips, not for files of latents"),
+            (toy and (args.n % 16 or args.n > 1024), "--n must be a multiple of 16 up to 1024"),
+            (args.guidance and args.method != "monl", "--guidance is for --method monl"),
+            (args.strength != 0.02 and args.method != "reconstruction", "--strength is for --method reconstruction"),
+            (args.seconds and (not toy or args.task != "continue"),
+             "--seconds is scored with --task continue of the toy world, where there is one right answer"),
+        ]  # fmt: skip
+        for wrong, message in mistakes:
+            if wrong:
+                parser.error(message)
+        trained.seconds = trained.span + (trained.count - 1) * trained.stride  # whole windows are scored
+        with method(args):
+            table(args, trained, tasks)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

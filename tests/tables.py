@@ -1,7 +1,8 @@
 """The paper's Tables 1 and 7 on the toy world: train every model from every seed, score it, print the tables.
 
-`--curve` instead: MoNL and the models of one task each, trained 1, 2, 4 and 8 times as long. Every figure goes to
-OUT/scores.csv as soon as it is known; run the command again and it goes on where it stopped.
+`--curve` compares MoNL with the models of one task each, trained once and twice as long. Every score goes to
+OUT/scores.csv as soon as it is known. The same command goes on where it stopped. A model that train.py has already
+trained with the same arguments into OUT/<MODEL>-<SEED>-<STEPS> is only scored.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from score import SCORES
+import score
 
 import sample
-from avdit import PRESETS, TASKS, task_mask
-from train import open_device
+from avdit import TASKS, task_mask
+from train import RECIPES, open_device
 
-# name -> arguments of train.py; Table 1's conditional model of joint generation is Vanilla
+# name -> arguments of train.py. Vanilla also stands for Table 1's conditional model of joint generation.
 MODELS = {
     **{task: ("--mixture", f"task:{task}") for task in TASKS if task != "joint"},
     "Pm": ("--mixture", "pm"),
@@ -35,11 +36,12 @@ MODELS = {
     "Pt": ("--mixture", "pt"),
     "Ptm": ("--mixture", "ptm"),
     "Pt/Pm/Ptm": ("--mixture", "pt+pm+ptm"),
-    "MoNL, eps": ("--mixture", "monl", "--prediction", "eps"),
+    "recipe": ("--prediction", "eps", "--optimizer", "adamw", "--lr", "5e-4", "--warmup", "5000", "--ema", "0.9999"),
 }
-# row of a table -> (model, arguments of score.py); of "Conditional" every task has a model of its own
+# row of a table -> (model, arguments of score.py). The row "Conditional" has one model per task, named after it.
 WAYS = {
-    **{name: (name, ()) for name in MODELS if name not in TASKS},
+    **{name: (name, ()) for name in MODELS if name not in (*TASKS, "recipe")},
+    "MoNL, the paper's recipe": ("recipe", ()),
     "Vanilla": ("Vanilla", ("--method", "replacement")),
     **{
         f"Vanilla, reconstruction {strength}": ("Vanilla", ("--method", "reconstruction", "--strength", strength))
@@ -85,14 +87,14 @@ FRECHET |= {
     for kind in ("audio", "video")
 }
 LESS = {
-    f"{task} {score.removeprefix('frechet_')}": [(task, score)]
-    for scores in (("frechet_audio", "frechet_video"), ("path",))  # the paper has no path
+    f"{task} {name.removeprefix('frechet_')}": [(task, name)]
+    for names in (("frechet_audio", "frechet_video"), ("path",))  # the paper has no path
     for task in ("continue-2s", "continue")
-    for score in scores
+    for name in names
 }
 
-# of the curve: times --steps -> models of each kind at most; scores of one task each
-TIMES = {1: 3, 2: 3, 4: 1, 8: 1}
+# of the curve: multiples of --steps; the scores of the models of one task each
+TIMES = (1, 2)
 ONE_TASK = {k: v for k, v in EXACT.items() if k.split()[0] in MODELS} | {"a2v spread": [("a2v", "spread")]}
 
 LOCK = Lock()  # of scores.csv
@@ -102,7 +104,7 @@ TABLES = (
     ("Table 1, Frechet distances (in brackets the paper's FAD and FVD)", TABLE_1, FRECHET, 2, PAPER_1),
     ("Table 7 (in brackets the paper's FAD and FVD)", TABLE_1, LESS, 2, PAPER_7),
     ("Table 2's method: reconstruction guidance", [w for w in WAYS if w[:7] == "Vanilla"] + ["MoNL"], EXACT, 3, {}),
-    (f"eps against {PRESETS['toy'].prediction}", ["MoNL", "MoNL, eps"], EXACT, 3, {}),
+    ("The defaults of train.py and the paper's recipe", ["MoNL", "MoNL, the paper's recipe"], EXACT, 3, {}),
 )
 
 
@@ -153,7 +155,8 @@ def job(model, seed, steps, args, ready):
         rows = []
         for name, *values in map(str.split, lines):
             if name in (*TASKS, "tokenizer"):
-                rows += [(way, seed, steps, name, score, value) for score, value in zip(SCORES, values) if value != "-"]
+                pairs = zip(score.SCORES, values)
+                rows += [(way, seed, steps, name, which, value) for which, value in pairs if value != "-"]
         scores = args.out / "scores.csv"
         with LOCK, scores.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -164,16 +167,14 @@ def job(model, seed, steps, args, ready):
 
 
 def over_seeds(found, way, steps, pairs):
-    """One value a seed: the mean of these (task, score)s."""
+    """One value per seed: the mean of these (task, score)s."""
     runs = [scores for (name, _, at), scores in found.items() if (name, at) == (way, steps)]
     return [statistics.mean(scores[p] for p in pairs) for scores in runs if all(p in scores for p in pairs)]
 
 
 def table(found, rows, columns, digits, paper):
-    """Print a Markdown table: mean and standard deviation over seeds, the paper's own figure in brackets.
-
-    rows  {label: (way, steps)}
-    """
+    """Print a Markdown table: mean and standard deviation over seeds, "-" where there is no model, and the paper's own
+    figure in brackets. rows: {label: (way, steps)}."""
     print("\n| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
     for label, (way, steps) in rows.items():
         cells = []
@@ -186,7 +187,7 @@ def table(found, rows, columns, digits, paper):
 
 
 def plot(found, steps, columns, path):
-    """A panel for each column: a dot for every seed, a line through their medians, by steps; both scales logarithmic."""
+    """One panel per column: a dot per seed, a line through their medians, by steps. The vertical scale is logarithmic."""
     size, edge, least, most = 260, 200, 0.002, 0.35
     picture = Image.new("RGB", (size * len(columns), size), "white")
     pen = ImageDraw.Draw(picture)
@@ -215,40 +216,44 @@ def plot(found, steps, columns, path):
     picture.save(path)
 
 
-def figure(args, path):
-    """One held-out clip continued by every row of Table 1, under the true clip."""
-    made = {}
+def figure(args, found, path):
+    """One held-out clip continued by every row of Table 1 that has a model, under the true clip."""
+    rows = {}
     for way in TABLE_1:
+        if ("continue", "path") not in found.get((way, 0, args.steps), ()):
+            continue
         model, extra = ("continue", ()) if way == "Conditional" else WAYS[way]
         trained = sample.Trained(args.out / folder_name(model, 0, args.steps), open_device(args.device))
-        settings = sample.make_parser(None, n=1).parse_args(extra)
+        settings = score.make_parser().parse_args(extra)
         given = task_mask("continue", trained.layout)
-        true = {name: x[args.clip :] for name, x in trained.clips(None, args.clip + 1, trained.span).items()}
-        made[way] = sample.make(trained, settings, [trained.tokenizers.encode(true)], [given], way)
-    rows = {"true": true, **made}
-    video, audio = (torch.cat([row[name] for row in rows.values()]).numpy() for name in ("video", "audio"))
-    masks = [mask.numpy() for mask in trained.per_frame(given).values()]
-    title = "continue, one held-out clip, the truth on top"
-    sample.write_sheet(path, title, video, audio, masks, trained.media.sample_rate, names=list(rows))
+        clips = trained.data.held_out_clips(trained.held_out, args.clip + 1, trained.span)
+        true = {name: x[args.clip :] for name, x in clips.items()}
+        with score.method(settings):
+            made = sample.generate_clips(trained, settings, trained.encode(true, 1), given, way)
+        rows |= {"true": true, way: made}
+    if rows:
+        video, audio = (torch.cat([row[name] for row in rows.values()]).numpy() for name in ("video", "audio"))
+        masks = [mask.numpy() for mask in trained.per_frame(given, trained.layout).values()]
+        title = "continue, one held-out clip, the truth on top"
+        sample.write_sheet(path, title, video, audio, masks, trained.media.sample_rate, names=list(rows))
 
 
 def plan(args):
     """-> the (model, seed, steps) that are needed, the first ones first."""
-    if not args.curve:
-        return [(model, seed, args.steps) for seed in range(args.seeds) for model in MODELS]
-    models = ["MoNL", *dict.fromkeys(k.split()[0] for k in ONE_TASK)]
-    return [(model, seed, args.steps * times) for times, most in TIMES.items()
-            for seed in range(min(args.seeds, most)) for model in models]  # fmt: skip
+    models = ["MoNL", *dict.fromkeys(k.split()[0] for k in ONE_TASK)] if args.curve else MODELS
+    return [(model, seed, args.steps * times) for times in (TIMES if args.curve else (1,)) for seed in range(args.seeds)
+            for model in models if not args.only or model in args.only]  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=PRESETS["toy"].steps, help="training steps of every model (%(default)s)")
-    add("--curve", action="store_true", help="how MoNL and the models of one task grow with steps")
-    add("--seeds", type=int, default=3, help="models of each kind (%(default)s)")
-    add("--n", type=int, default=256, help="samples a task, a multiple of 16 (%(default)s)")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one a core)")
+    add("--steps", type=int, default=RECIPES["toy"]["steps"], help="training steps of every model (%(default)s)")
+    add("--curve", action="store_true", help="train MoNL and the models of one task each once and twice as long")
+    add("--seeds", type=int, default=1, help="models of each kind (%(default)s)")
+    add("--only", nargs="+", choices=MODELS, metavar="MODEL", help=f"train and score only some of {', '.join(MODELS)}")
+    add("--n", type=int, default=256, help="samples per task, a multiple of 16 (%(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (one per core)")
     add("--device", default="auto", help="as in train.py (%(default)s)")
     add("--out", type=Path, default=Path("runs/tables"), help="folder of this --n (%(default)s)")
     add("--clip", type=int, default=0, help="held-out clip of strategies.png (%(default)s)")
@@ -259,19 +264,21 @@ def main():
         for done in [pool.submit(job, *which, args, ready) for which in plan(args)]:
             done.result()
     found = read(args.out / "scores.csv")
-    print(f"{args.steps} steps, {args.seeds} seeds, {args.n} samples a task: mean ± standard deviation over seeds")
+    spread = f", {args.seeds} seeds: mean ± standard deviation" if args.seeds > 1 else ""
+    print(f"{args.steps} steps, {args.n} samples per task{spread}")
     if args.curve:
         rows = {f"{way}, {times}x": (way, times * args.steps) for way in ("MoNL", "Conditional") for times in TIMES}
         table(found, rows, ONE_TASK, 3, {})
         plot(found, args.steps, dict(list(ONE_TASK.items())[:4]), args.out / "curve.png")
         return
-    for seed in range(args.seeds):  # Table 1's conditional model of joint generation is Vanilla
-        vanilla = found["Vanilla", seed, args.steps].items()
-        found["Conditional", seed, args.steps].update({pair: value for pair, value in vanilla if pair[0] == "joint"})
+    for seed in range(args.seeds):  # Vanilla also stands for the conditional model of joint generation
+        vanilla = found.get(("Vanilla", seed, args.steps), {})
+        joint = {pair: value for pair, value in vanilla.items() if pair[0] == "joint"}
+        found.setdefault(("Conditional", seed, args.steps), {}).update(joint)
     for title, ways, columns, digits, paper in TABLES:
         print(f"\n{title}")
         table(found, {way: (way, args.steps) for way in ways}, columns, digits, paper)
-    figure(args, args.out / "strategies.png")
+    figure(args, found, args.out / "strategies.png")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import training_clips
-
 SCORES = ("noise_first", "noise", "sync", "sync_other", "identity", "sound", "nearest")
 MOUTH = (0.65, 0.97, 0.31, 0.72)  # top, bottom, left, right, as shares of the picture
 BANDS, STEPS = 20, 4  # of log_mel: bands, steps a frame of video
@@ -108,7 +106,7 @@ class Scores:
     """What score.py prints of a model of real clips."""
 
     def __init__(self, trained, nearest):
-        learned, _ = training_clips(trained.data, trained.layout, trained.media)
+        learned, _ = trained.data.training_clips()
         self.trained, self.nearest, self.media = trained, nearest, trained.media
         self.z = trained.tokenizers.encode(learned)
         apart = {name: torch.stack([*x[::8]]) for name, x in learned.items()}  # its windows overlap by all but a frame
@@ -122,7 +120,7 @@ class Scores:
         identity    PSNR outside the mouth, where a part of the picture was given
         sound       distance from the true clip's sound in dB
         """
-        seen_given, heard_given = self.trained.per_frame(given).values()
+        seen_given, heard_given = self.trained.per_frame(given, self.trained.layout).values()
         makes_video, makes_audio = not seen_given.all(), not heard_given.all()
         frames = ~seen_given if makes_video else torch.ones_like(seen_given)
         s = dict(zip(("sync", "sync_other"), self.sync(clips["video"], clips["audio"], frames)))

@@ -1,8 +1,10 @@
-"""data.py: the toy world against its specification, tokenizers, folders, files, what a training step sees."""
+"""data.py: the toy world against its specification, the tokenizers, the three kinds of data, and reading files."""
 
 import math
 import subprocess
 import zlib
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import imageio
@@ -13,7 +15,9 @@ import soundfile
 import torch
 
 import data
-from avdit import PRESETS, Layout, av_modalities
+import sample
+import train
+from avdit import PRESETS, Layout, Modality, av_modalities
 
 TOY = Layout(PRESETS["toy"].modalities)
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -26,9 +30,9 @@ def toy():
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Tokenizers of the toy preset, fitted on other clips."""
-    clips, _ = data.toy_clips(512, 0)
-    tokenizers = data.Tokenizers("toy", TOY, data.TOY)
+    """Tokenizers of the toy world, fitted on other clips."""
+    clips, _ = data.toy_clips(256, 0)
+    tokenizers = data.open_data("toy", data.TOY).tokenizers()
     tokenizers.fit(clips)
     return tokenizers
 
@@ -69,13 +73,42 @@ def test_toy_clips_are_a_fixed_set():
     assert few["video"].shape == (3, 17, 32, 32, 3) and few["audio"].shape == (3, 17000)
 
 
-# --- Tokenizers -----------------------------------------------------------------------
+# --- Tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def test_standard_deviations_become_their_square_roots():
+    """Two dozen components of deviation 16 and two dozen of 1: in z their variances are as 16 to 1, not 256 or 1."""
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(20000, 48, generator=g)
+    x = (
+        5
+        + (scores * torch.tensor([16.0, 1.0]).repeat_interleave(24))
+        @ torch.linalg.qr(torch.randn(48, 48, generator=g))[0]
+    )
+    components = data.Components(48, 64)
+    components.fit(x)
+    z = components.encode(x)
+    share = torch.linalg.lstsq(scores, z).solution.square().sum(1)  # of the variance of z, by component
+    assert share[:24].sum() / share[24:].sum() == pytest.approx(16, rel=0.1)
+    assert (z[:, :48].std(0) - 1).abs().max() < 1e-2 and not z[:, 48:].any()  # no more channels than dimensions
+    torch.testing.assert_close(components.decode(z), x, atol=1e-2, rtol=1e-3)
+
+
+def test_components_are_the_same_after_a_second_fit():
+    """Principal components have no sign of their own. Data in another order, and other random numbers, change none."""
+    x = torch.randn(500, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 5, 12)
+    one, other = data.Components(12, 12), data.Components(12, 12)
+    one.fit(x)
+    torch.manual_seed(5)
+    other.fit(x.flip(0))
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(5))  # no number was drawn
+    torch.testing.assert_close(one.encode(x), other.encode(x), atol=1e-2, rtol=0)
 
 
 def test_latents_have_zero_mean_and_unit_variance(fitted):
-    clips, _ = data.toy_clips(512, 0)
+    clips, _ = data.toy_clips(256, 0)
     z = fitted.encode(clips)
-    assert z.shape == (512, TOY.E) and z.isfinite().all()
+    assert z.shape == (256, TOY.E) and z.isfinite().all()
     for name, part in TOY.unpack(z).items():
         part = part[:, 1:] if name == "video" else part  # the first frame's components are fitted on every frame
         flat = part.flatten(0, -2)
@@ -91,7 +124,7 @@ def test_video_latents_are_causal_and_patches_keep_their_place(toy, fitted):
     video = toy[0]["video"][:2].clone()
     video[:, 0] = 255 - video[:, 0]
     changed = (fitted["video"].encode(video) != z).flatten(2).any(-1)[0]
-    assert changed.tolist() == [True, False, False, False, False]  # of the toy world nothing stays
+    assert changed.tolist() == [True, False, False, False, False]  # the toy world has no residual
     one = toy[0]["video"][:1].clone()
     one[:, 5:9, :16, 16:] = 128  # the upper right patch of segment 2
     where = (fitted["video"].encode(one) != fitted["video"].encode(toy[0]["video"][:1])).any(-1)[0]
@@ -100,14 +133,23 @@ def test_video_latents_are_causal_and_patches_keep_their_place(toy, fitted):
 
 def test_a_full_basis_loses_nothing():
     video = torch.randint(0, 256, (3, 5, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    tokenizer = data.PatchTokenizer(av_modalities(8, (4, 4), 4 * 4 * 4 * 3, 0.125, 8, frames=5)[0], 16)
+    tokenizer = data.PatchTokenizer(av_modalities(8, (4, 4), 4 * 4 * 4 * 3, 0.125, 8, frames=5)[0], 16, residual=True)
     tokenizer.fit(video)
-    error = (tokenizer.decode(tokenizer.encode(video)).int() - video.int()).abs().max()
-    assert error <= 1  # fewer patches than dimensions: the basis spans them all, the other channels stay zero
+    assert torch.equal(tokenizer.decode(tokenizer.encode(video)), video)  # there are fewer patches than dimensions
 
 
-def test_of_a_scene_that_stays_only_what_moves_is_in_the_later_segments():
-    """Every clip has its own picture; a spot in it flickers a little."""
+def test_first_frames_are_fitted_on_every_fourth_frame():
+    """A window may begin at any frame. Frame f has brightness f^2 here, so each choice of frames has its own mean."""
+    video = torch.arange(9).square()[:, None, None, None].expand(20, 9, 16, 16, 3).byte()
+    tokenizer = data.PatchTokenizer(av_modalities(8, (2, 2), 12, 0.125, 8, frames=9)[0], 16, residual=False)
+    tokenizer.fit(video)
+    torch.testing.assert_close(tokenizer.first.mean, torch.full((8 * 8 * 3,), (0 + 16 + 64) / 3 / 255))
+    late = video[:, 8:]
+    assert (tokenizer.decode(tokenizer.encode(late)).int() - late.int()).abs().max() <= 1
+
+
+def test_a_residual_leaves_what_moves_in_the_later_segments():
+    """Every clip has its own picture, and a spot in it flickers a little."""
     g = torch.Generator().manual_seed(0)
     basis = torch.rand(6, 1, 1, 16, 16, 3, generator=g)  # of pictures, of 6 dimensions
     video = 20 + 30 * torch.einsum("nk,kfwhxc->nfhxc", torch.rand(400, 6, generator=g), basis)
@@ -117,62 +159,63 @@ def test_of_a_scene_that_stays_only_what_moves_is_in_the_later_segments():
     video = video.round().byte()
     modality = av_modalities(8, (1, 1), 24, 0.125, 8, frames=9)[0]
     explained = {}
-    for stays in (True, False):
-        tokenizer = data.PatchTokenizer(modality, 16, stays)
+    for residual in (True, False):
+        tokenizer = data.PatchTokenizer(modality, 16, residual)
         tokenizer.fit(video)
         later = tokenizer.encode(video)[:, 1:].flatten(2).flatten(0, 1)
         assert (later.std(0) - 1).abs().max() < 1e-3 and later.mean(0).abs().max() < 1e-3
         x = torch.cat([flicker[:, 1:].reshape(800, 4), torch.ones(800, 1)], 1)
         left = later - x @ torch.linalg.lstsq(x, later).solution
-        explained[stays] = 1 - (left.square().sum() / (later - later.mean(0)).square().sum()).item()
+        explained[residual] = 1 - (left.square().sum() / (later - later.mean(0)).square().sum()).item()
         error = (tokenizer.decode(tokenizer.encode(video)).float() - video.float()).abs()
         assert error.mean() < 1
         other = video.clone()
         other[:, 0] = 255 - other[:, 0]
         changed = (tokenizer.encode(other)[:, 1:] - tokenizer.encode(video)[:, 1:]).abs().max()
-        assert (changed > 0.1) == stays  # causal either way: a later frame changes no earlier segment
+        assert (changed > 0.1) == residual
     assert explained[True] > 2 * explained[False]
 
 
 def test_the_order_of_clips_does_not_matter():
-    """Colour after 1024 grey clips is still colour; a channel that moves only late in a file is not blown up."""
+    """Colour after 1200 grey clips is still colour. The same for a channel that moves late in a file."""
     colours = torch.zeros(2048, 5, 16, 16, 3, dtype=torch.uint8)
     light = torch.randint(0, 256, (2048, 1, 1, 1, 1), generator=torch.Generator().manual_seed(0)).byte()
     colours[:1200] = light[:1200]
     colours[1200:, ..., 2:] = light[1200:]
     layout = Layout(av_modalities(8, (1, 1), 3, 0.125, 3, frames=5))
-    tokenizers = data.Tokenizers("folder", layout, data.Media(8, 16, 16000))
+    tokenizers = data.media_tokenizers(layout, data.Media(8, 16, 16000), residual=True)
     sound = torch.randn(2048, 10000, generator=torch.Generator().manual_seed(1))
     tokenizers.fit({"video": colours, "audio": sound})
     back = tokenizers["video"].decode(tokenizers["video"].encode(colours[-9:]))
     assert (back.int() - colours[-9:].int()).abs().max() <= 2
     latents = {name: torch.randn(2048, *m.shape) for name, m in zip(layout.names, layout.modalities)}
     latents["audio"][:1200, ..., 0] = 3
-    tokenizers = data.Tokenizers("x.npz", layout, data.TOY)
+    tokenizers = data.Latents("x.npz", data.TOY, layout).tokenizers()
     tokenizers.fit(latents)
     for part in layout.unpack(tokenizers.encode(latents)).values():
         flat = part.flatten(0, -2)
         assert flat.mean(0).abs().max() < 1e-4 and (flat.std(0) - 1).abs().max() < 1e-4
 
 
-def test_components_are_fitted_on_a_bounded_number_of_rows():
+def test_components_are_fitted_on_a_bounded_number_of_vectors():
     x = torch.arange(900.0)[:, None]
-    features = lambda part: part[:, None].expand(-1, 10, 6) + 1000 * torch.arange(10)[:, None]  # 9000 rows of 6
-    every = data.rows(features, x)
+    features = lambda part: part[:, None].expand(-1, 10, 6) + 1000 * torch.arange(10)[:, None]  # 9000 vectors of 6
+    every = data.features_of(features, x)
     assert torch.equal(every, features(x).flatten(0, 1))
-    assert len(data.rows(features, x, clips=70)) == 700
-    few = data.rows(features, x, most=6 * 900)
+    some = data.features_of(features, x, clips=70)
+    assert len(some) == 700 and abs((some[:, 0] % 1000).mean() - 450) < 100  # random clips
+    few = data.features_of(features, x, most=6 * 900)
     assert 700 < len(few) < 1100 and set(few[:, 0].tolist()) <= set(every[:, 0].tolist())
-    clip, place = few[:, 0] % 1000, few[:, 0] // 1000  # of all clips and all places alike
+    clip, place = few[:, 0] % 1000, few[:, 0] // 1000  # all clips and all places are equally likely
     assert abs(clip.mean() - 450) < 50 and torch.bincount(place.long(), minlength=10).min() > 50
 
 
 def test_constant_data_has_latents_of_zero():
-    """Black pictures and silence: nothing to divide by, and they come back as they are."""
+    """Pictures of one colour and constant sound have no variance to divide by. They come back as they are."""
     layout = Layout(av_modalities(8, (2, 2), 12, 0.125, 8))
     for light, loud in ((0, 0.0), (77, 0.3), (255, -1.0)):
         clips = {"video": torch.full((9, 17, 32, 32, 3), light).byte(), "audio": torch.full((9, 34000), loud)}
-        tokenizers = data.Tokenizers("folder", layout, data.Media(8, 32, 16000))
+        tokenizers = data.media_tokenizers(layout, data.Media(8, 32, 16000), residual=True)
         tokenizers.fit(clips)
         z = tokenizers.encode(clips)
         assert z.abs().max() < 0.01
@@ -187,7 +230,7 @@ def test_istft_inverts_stft(fitted, toy):
 
 
 def test_features_are_square_roots_of_magnitudes(fitted, toy):
-    """One frame a hop, centred on it, but for those at the ends, which lie inside the clip."""
+    """One spectrum per hop, centred on it. The windows at the ends lie inside the clip."""
     t, sound = fitted["audio"], toy[0]["audio"][:2]
     frames = t.features(sound).unflatten(-1, (8, 129)).flatten(1, 2)
     assert frames.shape == (2, 17 * 8, 129)
@@ -196,12 +239,26 @@ def test_features_are_square_roots_of_magnitudes(fitted, toy):
         np.testing.assert_allclose(frames[:, k].numpy(), want, atol=2e-3)
 
 
+def test_decoded_sound_is_in_time():
+    """Bursts of sound come back where they were, within a hundredth of the analysis window."""
+    g, time = torch.Generator().manual_seed(0), torch.arange(17000) / 8000
+    middle, pitch = 0.3 + 1.5 * torch.rand(6, 1, generator=g), 500 + 1000 * torch.rand(6, 1, generator=g)
+    sound = 0.5 * torch.sin(2 * math.pi * pitch * time) * torch.exp(-(((time - middle) / 0.03) ** 2))
+    t = data.SpectrumTokenizer(av_modalities(8, (2, 2), 12, 1 / 8, 64)[1], 8000)
+    t.fit(sound)
+    made = t.decode(t.encode(sound))
+    assert made.shape == sound.shape
+    when = lambda x: (x.square() * time).sum(1) / x.square().sum(1)
+    assert (when(made) - when(sound)).abs().max() * 8000 < 2.5  # samples; the window has 256
+    assert (made.square().sum(1) / sound.square().sum(1) - 1).abs().max() < 0.02
+
+
 def test_no_seam_is_heard_between_windows(fitted):
-    """Two windows of one sound, encoded apart and joined: no more energy at high tones there than elsewhere."""
-    sound = data.toy_clips(64, 5, frames=29)[0]["audio"]  # its tones end at 2.6 kHz
+    """Two windows of one sound are encoded apart and joined. Where they meet there is no click."""
+    sound = data.toy_clips(16, 5, frames=29)[0]["audio"]  # its tones end at 2.6 kHz
     t = fitted["audio"]
-    joined = torch.cat([t.encode(sound[:, :17000]), t.encode(sound[:, 12000:])[:, 5:]], 1)
-    made = t.decode(joined)
+    z = torch.cat([t.encode(sound[:, :17000]), t.encode(sound[:, 12000:])[:, 5:]], 1)
+    made = t.decode(z)
     assert made.shape == sound.shape
 
     def loudness(x, at):
@@ -210,15 +267,14 @@ def test_no_seam_is_heard_between_windows(fitted):
 
     assert loudness(made, 17000) < 1e-4 and loudness(made, 17000) < 2 * loudness(made, 14500)
     cut = made.clone()
-    cut[:, 17000:] *= 0.99  # that this would tell a click
+    cut[:, 17000:] *= 0.99  # a click is noticed
     assert loudness(cut, 17000) > 1e-4
 
 
 @pytest.mark.parametrize("rate", [7997, 11025, 22050, 44100])
 def test_any_sample_rate(rate):
-    """Segments that are no whole number of samples or hops."""
-    modalities = av_modalities(8, (2, 2), 12, 1 / 8, 8)
-    t = data.Tokenizers("folder", Layout(modalities), data.Media(8, 32, rate))["audio"]
+    """A segment need not be a whole number of samples or hops."""
+    t = data.SpectrumTokenizer(av_modalities(8, (2, 2), 12, 1 / 8, 8)[1], rate)
     sound = 0.5 * torch.sin(2 * math.pi * 500 / rate * torch.arange(round(17 / 8 * rate))).expand(3, -1)
     t.fit(sound)
     made = t.decode(t.encode(sound))
@@ -233,11 +289,11 @@ def test_decoding_does_not_depend_on_the_batch(fitted, toy):
     torch.testing.assert_close(fitted["audio"].decode(z)[2:3], fitted["audio"].decode(z[2:3]), atol=1e-3, rtol=1e-2)
 
 
-# --- Folders and files ----------------------------------------------------------------
+# --- The three kinds of data ------------------------------------------------------------------------------------------
 
 
 def make_clip(path, seconds=5.0, fps=25, size=(48, 80), rate=22050, tone=440.0, sound=True):
-    """A clip whose left half is red, right half blue, with one tone; -> path."""
+    """A clip whose left half is red and right half blue, with one tone -> path."""
     frame = np.zeros((*size, 3), np.uint8)
     frame[:, : size[1] // 2, 0] = frame[:, size[1] // 2 :, 2] = 200
     extra = {}
@@ -253,29 +309,54 @@ def make_clip(path, seconds=5.0, fps=25, size=(48, 80), rate=22050, tone=440.0, 
     return path
 
 
-FOLDER, MEDIA = Layout(av_modalities(8, (2, 2), 12, 0.125, 8)), data.Media(8, 32, 16000)
+LAYOUT, MEDIA = Layout(av_modalities(8, (2, 2), 12, 0.125, 8)), data.Media(8, 32, 16000)
+
+
+def folder(path):
+    return data.open_data(path, MEDIA, LAYOUT)
 
 
 def stacked(clips):
     return {name: torch.stack(x) for name, x in clips.items()}
 
 
-def test_a_clip_is_resampled_cropped_and_cut(tmp_path):
-    for name, fps in (("plain.mp4", 25), ("-lead ing 'q\" ü.mkv", 10)):
-        path = make_clip(tmp_path / name, fps=fps)
-        clips = stacked(data.clip_windows(path, FOLDER, MEDIA))
-        assert clips["video"].shape == (2, 17, 32, 32, 3) and clips["audio"].shape == (2, 34000)
-        left, right = (
-            clips["video"][..., part, :].float().mean((0, 1, 2, 3)) for part in (slice(4, 12), slice(20, 28))
-        )
-        assert min(left[0], right[2]) > 150 and max(left[2], right[0]) < 50
-        for window in clips["audio"]:
-            line = torch.fft.rfft(window[4000:20000] * torch.hann_window(16000)).abs().argmax()
-            assert abs(line - 440) <= 1  # one line a hertz
+def test_what_the_data_are(tmp_path):
+    for path, kind in (("toy", data.ToyWorld), ("Z.NPZ", data.Latents), (tmp_path, data.Folder), ("x", data.Folder)):
+        assert data.kind_of(path) is kind
+    for path in ("toy", latents_file(tmp_path / "z.npz")):
+        with pytest.raises(ValueError, match=f"are for a folder of clips, not for {path}"):
+            data.open_data(path, data.Media(8, 64, 8000))
+    with pytest.raises(ValueError, match="neither toy nor a folder nor a .npz file"):
+        data.open_data(tmp_path / "gone", data.Folder.media)
+    assert data.open_data(tmp_path / "gone", data.Folder.media, LAYOUT).layout is LAYOUT  # a checkpoint's own
+    for media, message in (((8, 72, 16000), "--size 72 is not a multiple of 32"), ((30, 64, 16000), "use 16080"),
+                           ((240, 64, 1920), "use 15360")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            data.open_data(tmp_path, data.Media(*media))
+    clips = data.open_data(tmp_path, data.Media(10, 96, 16000))
+    layout, tokenizers = clips.layout, clips.tokenizers()
+    assert [m.shape for m in layout.modalities] == [(5, 3, 3, 192), (17, 96)]
+    assert (tokenizers["video"].residual, tokenizers["video"].patch, tokenizers["audio"].hop) == (True, 32, 200)
+    assert layout.modalities[0].edges == pytest.approx((0, 0.1, 0.5, 0.9, 1.3, 1.7))
+    assert layout.modalities[1].edges == pytest.approx(np.arange(18) / 10)
+
+
+def test_the_toy_world_holds_out_other_clips(monkeypatch):
+    asked = []
+
+    def toy_clips(n, seed, frames=17):
+        asked.append((n, seed, frames))
+        return {"video": n}, "the truth"
+
+    monkeypatch.setattr(data, "toy_clips", toy_clips)
+    world = data.open_data("toy", data.TOY)
+    assert world.training_clips() == ({"video": 4096}, [])
+    assert world.held_out_clips([], 7, 2.125) == {"video": 7} and world.held_out_clips([], 5000, 5) == {"video": 1024}
+    assert asked == [(4096, 0, 17), (7, 1, 17), (1024, 1, 40)]
 
 
 def test_training_windows_begin_at_every_frame(tmp_path):
-    """Bright and loud for a moment at 2 s: it wanders through the windows."""
+    """A clip is bright and loud for a moment at 2 s. Each later window has that moment one frame earlier."""
     path = tmp_path / "flash.mp4"
     frames = np.zeros((24, 64, 64, 3), np.uint8)
     frames[16] = 255
@@ -286,12 +367,14 @@ def test_training_windows_begin_at_every_frame(tmp_path):
         for frame in frames:
             writer.append_data(frame)
     (tmp_path / "x.wav").unlink()
-    clips, _ = data.training_clips(tmp_path, FOLDER, MEDIA)
+    clips, _ = folder(tmp_path).training_clips()
     assert len(clips["video"]) == len(clips["audio"]) == 8
     for k, (video, audio) in enumerate(zip(clips["video"], clips["audio"])):
         assert video.shape == (17, 32, 32, 3) and audio.shape == (34000,)
         assert video.float().mean((1, 2, 3)).argmax() == 16 - k
         assert abs(audio.abs().argmax().item() - 2000 * (16 - k) - 1000) < 1500
+    for windows in clips.values():  # 17 times less memory
+        assert len({x.untyped_storage().data_ptr() for x in windows}) == 1
 
 
 def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
@@ -300,135 +383,56 @@ def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
     make_clip(tmp_path / "d_short.mp4", seconds=1.5)
     (tmp_path / "e_broken.mp4").write_bytes((tmp_path / "b_good.mp4").read_bytes()[:300])
     make_clip(tmp_path / "f_silent.mp4", tone=0)
+    soundfile.write(tmp_path / "g_sound.wav", np.full(48000, 0.1), 16000)
     (tmp_path / "a_notes.txt").write_text("not a clip")
     (tmp_path / ".hidden.mp4").write_text("")
-    clips, held = data.training_clips(tmp_path, FOLDER, MEDIA)
-    assert len(clips["video"]) == 24 and held == ["b_good.mp4"]  # one alone is trained on and held out
-    wrong = ("a_notes.txt: ffmpeg finds", "c_mute.mp4: no sound", "d_short.mp4: 1.50 s of", "e_broken.mp4: ffmpeg",
-             "f_silent.mp4: its sound is silent all through")  # fmt: skip
+    (tmp_path / "folder").mkdir()
+    clips, held_out = folder(tmp_path).training_clips()
+    assert len(clips["video"]) == 24 and held_out == ["b_good.mp4"]  # a single file is trained on and held out
+    wrong = ("a_notes.txt: ffmpeg cannot decode it", "c_mute.mp4: no sound", "d_short.mp4: 1.50 s of",
+             "e_broken.mp4: ffmpeg cannot decode it", "f_silent.mp4: its sound is silent all through",
+             "g_sound.wav: no picture")  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and all(line.startswith(f"skipped {start}") for line, start in zip(lines, wrong)), lines
+    assert len(lines) == 6 and all(line.startswith(f"skipped {start}") for line, start in zip(lines, wrong)), lines
     assert "2.12 s are needed" in lines[2]
     (tmp_path / "b_good.mp4").unlink()
-    with pytest.raises(ValueError, match="no usable clip among the 5 files"):
-        data.training_clips(tmp_path, FOLDER, MEDIA)
+    with pytest.raises(ValueError, match="no usable clip among the 6 files"):
+        folder(tmp_path).training_clips()
 
 
 def test_a_folder_is_split_by_usable_file(tmp_path, monkeypatch):
-    """Sampling decodes no more of the files set aside than it needs, and lives with some that are gone."""
+    """Sampling decodes no more of the held-out files than it asks for clips, and can do without some of them."""
     for i in range(3):
         make_clip(tmp_path / f"{i}.mp4", tone=300 + 200 * i)
     (tmp_path / "0.txt").write_text("")
-    monkeypatch.setattr(data, "set_aside", lambda names: sorted(names)[:2])
-    clips, held = data.training_clips(tmp_path, FOLDER, MEDIA)
+    monkeypatch.setattr(data, "held_out", lambda names: sorted(names)[:2])
+    clips, names = folder(tmp_path).training_clips()
     pitch = lambda x: torch.fft.rfft(x[:, :16000]).abs().argmax(-1).tolist()
-    assert held == ["0.mp4", "1.mp4"] and pitch(torch.stack(clips["audio"])) == [700] * 24
+    assert names == ["0.mp4", "1.mp4"] and pitch(torch.stack(clips["audio"])) == [700] * 24
     decoded, decode = [], data.decode_clip
     monkeypatch.setattr(data, "decode_clip", lambda path, media: (decoded.append(path.name), decode(path, media))[1])
-    assert pitch(data.held_clips(tmp_path, held, FOLDER, MEDIA, 2, 2.125)["audio"]) == [300, 300]
+    assert pitch(folder(tmp_path).held_out_clips(names, 1, 2.125)["audio"]) == [300]
     assert decoded == ["0.mp4"]
-    assert pitch(data.held_clips(tmp_path, held, FOLDER, MEDIA, 3, 2.125)["audio"]) == [300, 300, 500]
-    (long,) = data.held_clips(tmp_path, ["gone.mp4", "1.mp4"], FOLDER, MEDIA, 3, 4.5)["video"]
+    clips = folder(tmp_path).held_out_clips(names, 3, 2.125)
+    assert pitch(clips["audio"]) == [300, 300, 500] and clips["video"].shape == (3, 17, 32, 32, 3)
+    (long,) = folder(tmp_path).held_out_clips(["gone.mp4", "1.mp4"], 3, 4.5)["video"]
     assert len(long) == 36
-    with pytest.raises(ValueError, match="none of the 1 files"):
-        data.held_clips(tmp_path, ["gone.mp4"], FOLDER, MEDIA, 3, 4.5)
+    with pytest.raises(ValueError, match="none of the 1 held-out files"):
+        folder(tmp_path).held_out_clips(["gone.mp4"], 3, 4.5)
 
 
 def test_one_more_file_moves_no_other():
     names = [f"clip {k}.mp4" for k in range(1000)]
-    held = data.set_aside(names)
-    assert 60 < len(held) < 140 and held == data.set_aside(names[::-1])
-    for more in ("a.mp4", "zebra.mkv", "caf\udce9.mp4"):  # the last: a name that is no UTF-8
-        assert set(data.set_aside([more, *names])) - {more} == set(held)
+    held_out = data.held_out(names)
+    assert (
+        held_out == sorted(name for name in names if zlib.crc32(name.encode()) % 10 == 0) and 60 < len(held_out) < 140
+    )
+    assert held_out == data.held_out(names[::-1])
+    for more in ("a.mp4", "zebra.mkv", "caf\udce9.mp4"):  # the last name is no UTF-8
+        assert set(data.held_out([more, *names])) - {more} == set(held_out)
     for k in range(1, 40):
-        assert 0 < len(data.set_aside(names[:k])) < max(2, k)
-    assert data.set_aside(held[:3]) == [min(held[:3], key=lambda name: zlib.crc32(name.encode()))]
-
-
-def produce(path, *arguments):
-    """Let ffmpeg make a clip of its own sources."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments), str(path)]
-    subprocess.run(command, check=True)
-    return path
-
-
-FLASH = "color=black:size=64x64:rate=25:duration={0},drawbox=color=white:t=fill:enable='between(t,{1},{1}+0.3)'"
-BEEP = "aevalsrc='0.5*sin(2*PI*1000*t)*between(t,{1},{1}+0.3)':s=16000:d={0}"
-
-
-@pytest.mark.parametrize("container", ["mkv", "mp4", "ts", "mpg"])
-@pytest.mark.parametrize("late", ["picture", "sound"])
-def test_picture_and_sound_that_start_apart_stay_together(tmp_path, container, late):
-    """A flash and a beep at 1.5 s; one stream begins a second after the other."""
-    flash, beep = (source.format(3, 0.5) if late == word else source.format(4, 1.5)
-                   for source, word in ((FLASH, "picture"), (BEEP, "sound")))  # fmt: skip
-    delay = {late: ["-itsoffset", 1]}
-    codecs = ["-c:v", "mpeg2video", "-c:a", "mp2"] if container in ("ts", "mpg") else []
-    path = produce(tmp_path / f"x.{container}", *delay.get("picture", []), "-f", "lavfi", "-i", flash,
-                   *delay.get("sound", []), "-f", "lavfi", "-i", beep, *codecs)  # fmt: skip
-    video, audio = data.decode_clip(path, MEDIA)
-    assert (video.float().mean((1, 2, 3)) > 128).nonzero()[0] == 12  # eighths
-    assert abs((audio.abs() > 0.1).nonzero()[0] / 16000 - 1.5) < 0.05 and len(video) >= 31
-
-
-def test_lists_of_other_files_are_refused(tmp_path):
-    """Whatever they name, and be it a good clip beside them."""
-    produce(tmp_path / "good.ts", "-f", "lavfi", "-i", FLASH.format(4, 1), "-f", "lavfi", "-i", BEEP.format(4, 1))
-    good = (tmp_path / "good.ts").absolute()
-    head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXTINF:4.0,\n"
-    lists = {
-        "relative.m3u8": f"{head}good.ts\n#EXT-X-ENDLIST\n",
-        "absolute.m3u8": f"{head}{good}\n#EXT-X-ENDLIST\n",
-        "file.m3u8": f"{head}file://{good}\n#EXT-X-ENDLIST\n",
-        "endless.m3u8": f"{head}{good}\n",
-        "list.ffconcat": "ffconcat version 1.0\nfile good.ts\n",
-        "list.mp4": f"ffconcat version 1.0\nfile 'file:{good}'\n",
-    }
-    assert len(data.clip_windows(good, FOLDER, MEDIA)["video"]) == 1
-    for name, text in lists.items():
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=r"ffmpeg|no "):
-            data.clip_windows(tmp_path / name, FOLDER, MEDIA)
-
-
-def test_pixels_that_are_not_square(tmp_path):
-    """A disc stored at half its width, shown at its full."""
-    disc = "color=black:size=128x128:rate=8:duration=3,geq=lum='255*lt(hypot(X-64,Y-64),40)':cb=128:cr=128"
-    for squeeze in ("scale=64:128,setsar=2", "scale=128:64,setsar=1/2", "scale=128:128,setsar=1"):
-        path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", f"{disc},{squeeze}",
-                       "-f", "lavfi", "-i", BEEP.format(3, 1), "-c:v", "ffv1")  # fmt: skip
-        light = data.decode_clip(path, MEDIA)[0][10, ..., 1] > 128  # (32, 32)
-        assert [light.any(axis).sum().item() for axis in (0, 1)] == pytest.approx([20, 20], abs=1), squeeze
-
-
-def test_metadata_that_looks_like_a_stream(tmp_path):
-    lie = "Stream #0:7: Video: h264, 4000x4000"
-    path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", FLASH.format(3, 1), "-f", "lavfi", "-i", BEEP.format(3, 1),
-                   "-metadata", f"title={lie}", "-metadata", f"comment=a\n  {lie}", "-metadata:s:v", f"title={lie}",
-                   "-metadata", f"{lie}=x")  # fmt: skip
-    assert lie in data.ffmpeg(path) and data.best_streams(path) == ("0:0", "0:1")
-
-
-def test_channels_become_one(tmp_path):
-    """Also where one mirrors the other, where there is one, and where there are six."""
-    for expression, loud in (("{0}|{0}", 1), ("{0}|-{0}", 1), ("{0}", 1), ("{0}|0", 0.5), ("0|-{0}", 0.5)):
-        source = "aevalsrc='" + expression.format("0.5*sin(2*PI*440*t)") + "':s=16000:d=3"
-        path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", FLASH.format(3, 1), "-f", "lavfi", "-i", source,
-                       "-c:a", "pcm_s16le")  # fmt: skip
-        _, audio = data.decode_clip(path, MEDIA)
-        assert audio.abs().max() == pytest.approx(0.5 * loud, rel=0.01), expression
-    path = produce(tmp_path / "six.mkv", "-i", path, "-af", "aformat=channel_layouts=5.1", "-c:a", "pcm_s16le")
-    _, audio = data.decode_clip(path, MEDIA)
-    assert audio.shape == (48000,) and audio.std() > 0.01
-
-
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips beside the project")
-def test_real_clips():
-    for path in sorted(CLIPS.iterdir()):
-        clips = stacked(data.clip_windows(path, FOLDER, MEDIA))
-        assert len(clips["video"]) >= 2 and clips["video"].float().std() > 5 and clips["audio"].std() > 1e-3
-    # the spacecraft film holds 320 x 180 with 8 kHz sound and 480 x 270 with 16 kHz sound
-    assert data.best_streams(CLIPS / "nasa_13013.mp4") == ("0:3", "0:4")
+        assert 0 < len(data.held_out(names[:k])) < max(2, k)
+    assert data.held_out(held_out[:3]) == [min(held_out[:3], key=lambda name: zlib.crc32(name.encode()))]
 
 
 def latents_file(path, **change):
@@ -448,10 +452,12 @@ def test_latents_are_read_and_standardized(tmp_path):
     latents, layout = data.read_latents(path)
     assert [(m.name, m.shape) for m in layout.modalities] == [("video", (3, 2, 2, 4)), ("audio", (6, 5))]
     assert layout.modalities[0].edges == (0, 0.1, 0.5, 0.9)
-    train, held = data.training_clips(path, layout, data.TOY)[0], data.held_clips(path, [], layout, data.TOY, 9, 1)
-    assert len(train["video"]) == 10 and torch.equal(held["audio"], latents["audio"][[0, 10]])
-    assert data.is_latents("Z.NPZ")
-    tokenizers = data.Tokenizers(path, layout, data.TOY)
+    file = data.open_data(path, data.TOY)
+    (clips, names), held_out = file.training_clips(), file.held_out_clips([], 9, 1)
+    for name, x in latents.items():
+        assert torch.equal(clips[name], x[[1, 2, 3, 4, 5, 6, 7, 8, 9, 11]]) and torch.equal(held_out[name], x[[0, 10]])
+    assert names == [] and torch.equal(file.held_out_clips([], 1, 1)["audio"], latents["audio"][:1])
+    tokenizers = file.tokenizers()
     tokenizers.fit(latents)
     z = tokenizers.encode(latents)
     for part in layout.unpack(z).values():
@@ -460,6 +466,18 @@ def test_latents_are_read_and_standardized(tmp_path):
     back = tokenizers.decode(z)
     for name, x in latents.items():
         torch.testing.assert_close(back[name], x)
+
+
+def test_a_constant_channel_becomes_zero():
+    """A mean that is off by a rounding error would be divided by almost no deviation."""
+    latents = torch.randn(1000, 7, 2, generator=torch.Generator().manual_seed(0))
+    latents[..., 1] = 12.3456
+    assert latents.mean((0, 1))[1] != latents[0, 0, 1]  # in float32
+    standardize = data.Standardize(Modality("pose", (), 2, tuple(range(8))))
+    standardize.fit(latents)
+    z = standardize.encode(latents)
+    assert not z[..., 1].any() and abs(z[..., 0].std() - 1) < 1e-4
+    torch.testing.assert_close(standardize.decode(z), latents)
 
 
 def test_any_modalities_are_read_and_video_is_the_time_reference(tmp_path):
@@ -473,6 +491,36 @@ def test_any_modalities_are_read_and_video_is_the_time_reference(tmp_path):
         tmp_path / "last.npz", a=np.zeros((2, 1, 3)), a_edges=[0, 1], video=np.zeros((2, 1, 3)), video_edges=[0, 1]
     )
     assert data.read_latents(tmp_path / "last.npz")[1].names == ["video", "a"]
+
+
+@pytest.fixture
+def pose_and_touch(tmp_path):
+    """Latents without video and audio."""
+    pose, touch = 5 + np.random.default_rng(0).standard_normal((2, 12, 4, 3))
+    edges = np.arange(5) / 2
+    np.savez(tmp_path / "x.npz", pose=pose, pose_edges=edges, touch=touch[:, :2, None], touch_edges=edges[:3])
+    return pose
+
+
+def test_other_modalities_train_and_sample_with_default_flags(call, pose_and_touch):
+    status, _, err = call(train, "--data", "x.npz", "--steps", 2, "--batch", 2)
+    assert status == 0, err
+    status, _, err = call(sample)
+    assert status == 0, err
+    assert sorted(path.name for path in Path("samples").iterdir()) == ["continue", "continue-2s", "inpaint", "joint"]
+    for path in Path("samples").iterdir():
+        made = np.load(path / "samples.npz")
+        assert made["pose"].shape == (8, 4, 3) and made["touch"].shape == (8, 2, 1, 3)
+        assert np.isfinite(made["pose"]).all() and np.isfinite(made["touch"]).all()
+    made = np.load("samples/continue/samples.npz")
+    assert made["condition"].tolist() == [0, 1] * 4  # of the held-out clips 0 and 10
+    np.testing.assert_allclose(made["pose"][:2, :2], pose_and_touch[[0, 10], :2], atol=1e-4)
+
+
+def test_a_mixture_of_absent_modalities_leaves_nothing_behind(call, pose_and_touch):
+    status, _, err = call(train, "--data", "x.npz", "--steps", 2, "--batch", 2, "--mixture", "task:a2v")
+    assert status == 2 and len(err.splitlines()) == 1 and "'audio'" in err and "pose, touch" in err
+    assert [path.name for path in Path().iterdir()] == ["x.npz"]
 
 
 @pytest.mark.parametrize(
@@ -498,31 +546,192 @@ def test_wrong_latents_are_named(tmp_path, change, message):
         data.read_latents(tmp_path / "junk.npz")
 
 
-# --- What a training step sees --------------------------------------------------------
+# --- Reading files ----------------------------------------------------------------------------------------------------
 
 
-def test_batches_depend_on_seed_step_and_position_alone():
-    def draws(seed, step):
-        return data.draw(seed, step, 4096, 6, "monl", TOY, 1000)
-
-    def equal(a, b):
-        return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
-
-    assert equal(draws(0, 7), draws(0, 7)) and not torch.equal(draws(0, 7)[0], draws(0, 8)[0])
-    assert not torch.equal(draws(0, 7)[1], draws(0, 8)[1]) and not torch.equal(draws(1, 7)[0], draws(0, 7)[0])
-    every = torch.arange(6)
-    whole, other = (data.draw_noise(0, step, every, TOY.E) for step in (7, 8))
-    assert whole.shape == (6, TOY.E) and abs(whole.std() - 1) < 0.05
-    assert len(whole.unique()) > 0.99 * whole.numel()  # a few float32 coincide, but no two rows
-    assert torch.equal(data.draw_noise(0, 7, torch.tensor([4, 1]), TOY.E), whole[[4, 1]])
-    assert not (other == whole).any() and not torch.equal(data.draw_noise(1, 7, every, TOY.E), whole)
-    coins = [draws(0, step)[2] for step in range(600)]
-    assert abs(sum(coins) / 600 - 0.9) < 4 * (0.09 / 600) ** 0.5
+def test_a_clip_is_resampled_cropped_and_cut(tmp_path):
+    for name, fps in (("plain.mp4", 25), ("-lead ing 'q\" ü.mkv", 10)):
+        path = make_clip(tmp_path / name, fps=fps)
+        clips = stacked(data.clip_windows(path, LAYOUT, MEDIA))
+        assert clips["video"].shape == (2, 17, 32, 32, 3) and clips["audio"].shape == (2, 34000)
+        left, right = (
+            clips["video"][..., part, :].float().mean((0, 1, 2, 3)) for part in (slice(4, 12), slice(20, 28))
+        )
+        assert min(left[0], right[2]) > 150 and max(left[2], right[0]) < 50
+        for window in clips["audio"]:
+            line = torch.fft.rfft(window[4000:20000] * torch.hann_window(16000)).abs().argmax()
+            assert abs(line - 440) <= 1  # one line per hertz
 
 
-def test_draws_do_not_follow_each_other():
-    """Indices of examples and their timesteps are uniform and unrelated, over many steps."""
-    draws = [data.draw(0, step, 1000, 32, "vanilla", TOY, 1000) for step in range(200)]
-    index, t = torch.stack([d[0] for d in draws]).double(), torch.stack([d[1][:, 0] for d in draws]).double()
-    assert abs(index.mean() - 499.5) < 5 * 289 / 80 and abs(t.mean() - 500.5) < 5 * 289 / 80  # 6400 draws
-    assert abs(torch.stack([index.flatten(), t.flatten()]).corrcoef()[0, 1]) < 5 / 80
+@pytest.mark.parametrize(("fps", "rate"), [(8, 16000), (30, 7997), (24, 22050)])
+def test_sound_starts_with_its_frame(monkeypatch, fps, rate):
+    """Frame k shows the instant k / fps. The sound of a window starts at the nearest sample."""
+    video, every_sample = torch.arange(200).expand(2, 200).T, torch.arange(200 * rate // fps).float()
+    monkeypatch.setattr(data, "decode_clip", lambda path, media: (video, audio))
+    layout, media = Layout(av_modalities(fps, (2, 2), 12, 1 / fps, 8)), data.Media(fps, 32, rate)
+    cases = (None, 1, 17, 200), (None, 5, 17, 200), (None, None, 17, 200), (51 / fps, None, 51, 200), (None, 1, 17, 190)
+    for seconds, every, frames, end in cases:  # the sound ends with frame `end`
+        audio = every_sample[: end * rate // fps]
+        starts = [(k, round(Fraction(k * rate, fps))) for k in range(0, 200 - frames + 1, every or frames)]
+        samples = round(Fraction(frames * rate, fps))
+        starts = [(frame, sample) for frame, sample in starts if sample + samples <= len(audio)]
+        clips = stacked(data.clip_windows("x", layout, media, seconds, every))
+        assert list(zip(clips["video"][:, 0, 0].tolist(), clips["audio"][:, 0].tolist())) == starts
+        assert (clips["video"].diff(dim=1) == 1).all() and (clips["audio"].diff(dim=1) == 1).all()
+        assert (clips["video"].shape[1], clips["audio"].shape[1]) == (frames, samples)
+    audio = 0 * every_sample
+    with pytest.raises(ValueError, match="silent all through"):
+        data.clip_windows("x", layout, media)
+
+
+def produce(path, *arguments):
+    """Let ffmpeg make a clip of its own sources -> path."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments), str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+FLASH = "color=black:size=64x64:rate=25:duration={0},drawbox=color=white:t=fill:enable='between(t,{1},{1}+0.3)'"
+BEEP = "aevalsrc='0.5*sin(2*PI*1000*t)*between(t,{1},{1}+0.3)':s=16000:d={0}"
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4", "ts", "mpg"])
+@pytest.mark.parametrize("late", ["picture", "sound"])
+def test_picture_and_sound_that_start_apart_stay_together(tmp_path, container, late):
+    """A flash and a beep come at 1.5 s. One stream begins a second after the other."""
+    flash, beep = (source.format(3, 0.5) if late == word else source.format(4, 1.5)
+                   for source, word in ((FLASH, "picture"), (BEEP, "sound")))  # fmt: skip
+    delay = {late: ["-itsoffset", 1]}
+    codecs = ["-c:v", "mpeg2video", "-c:a", "mp2"] if container in ("ts", "mpg") else []
+    path = produce(tmp_path / f"x.{container}", *delay.get("picture", []), "-f", "lavfi", "-i", flash,
+                   *delay.get("sound", []), "-f", "lavfi", "-i", beep, *codecs)  # fmt: skip
+    video, audio = data.decode_clip(path, MEDIA)
+    assert (video.float().mean((1, 2, 3)) > 128).nonzero()[0] == 12  # eighths of a second
+    assert abs((audio.abs() > 0.1).nonzero()[0] / 16000 - 1.5) < 0.05 and len(video) >= 31
+
+
+def test_a_late_picture_is_preceded_by_its_first_frame(tmp_path):
+    """The first frame is white, lasts 0.04 s and comes at 0.33 s. The instants 0, 1 / 8 and 2 / 8 show it."""
+    white = "color=black:size=64x64:rate=25:duration=3,drawbox=color=white:t=fill:enable='eq(n,0)'"
+    path = produce(tmp_path / "x.mkv", "-itsoffset", 0.33, "-f", "lavfi", "-i", white, "-f", "lavfi", "-i",
+                   BEEP.format(3, 1))  # fmt: skip
+    video, _ = data.decode_clip(path, MEDIA)
+    assert (video.float().mean((1, 2, 3)) > 128).nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_gaps_stay_gaps(tmp_path):
+    """A second is missing in both streams. The flash and the beep after it are still at 2.5 s."""
+    flash, beep = FLASH.format(4, 2.5) + ",select='not(between(t,1,2))'", BEEP.format(4, 2.5)
+    path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", flash, "-f", "lavfi", "-i", beep, "-fps_mode", "vfr",
+                   "-af", "aselect='not(between(t,1,2))'", "-c:a", "pcm_s16le")  # fmt: skip
+    video, audio = data.decode_clip(path, MEDIA)
+    assert (video.float().mean((1, 2, 3)) > 128).nonzero()[0] == 20  # eighths of a second
+    assert abs((audio.abs() > 0.1).nonzero()[0] / 16000 - 2.5) < 0.05
+
+
+def test_lists_of_other_files_are_refused(tmp_path):
+    """Whatever they name, even a good clip beside them."""
+    produce(tmp_path / "good.ts", "-f", "lavfi", "-i", FLASH.format(4, 1), "-f", "lavfi", "-i", BEEP.format(4, 1))
+    good = (tmp_path / "good.ts").absolute()
+    head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:4\n#EXTINF:4.0,\n"
+    lists = {
+        "relative.m3u8": f"{head}good.ts\n#EXT-X-ENDLIST\n",
+        "absolute.m3u8": f"{head}{good}\n#EXT-X-ENDLIST\n",
+        "file.m3u8": f"{head}file://{good}\n#EXT-X-ENDLIST\n",
+        "endless.m3u8": f"{head}{good}\n",
+        "list.ffconcat": "ffconcat version 1.0\nfile good.ts\n",
+        "list.mp4": f"ffconcat version 1.0\nfile 'file:{good}'\n",
+    }
+    assert len(data.clip_windows(good, LAYOUT, MEDIA)["video"]) == 1
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=r"ffmpeg|no "):
+            data.clip_windows(tmp_path / name, LAYOUT, MEDIA)
+
+
+def test_ffmpeg_has_limits(tmp_path, monkeypatch):
+    """It opens one file, and takes a bounded block of memory, an hour of picture, an hour of sound, and 15 minutes."""
+    path, run, change = make_clip(tmp_path / "x.mkv"), subprocess.run, {}
+
+    def spy(command, stdin, timeout, **options):
+        at = command.index("-i")
+        before = dict(pairwise(command[:at]))
+        assert before["-protocol_whitelist"] == "fd" and before["-max_alloc"] == "500000000"
+        assert command[at + 1] == "fd:" and stdin.name == str(path) and timeout == 900
+        return run([change.get(word, word) for word in command], stdin=stdin, timeout=timeout, **options)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    video, audio = data.decode_clip(path, MEDIA)
+    assert len(video) == 40 and abs(len(audio) - 80000) < 2000
+    change["3600"] = "2"  # seconds
+    video, audio = data.decode_clip(path, MEDIA)
+    assert len(video) == 16 and len(audio) == 32000
+    change["500000000"] = "1000"  # bytes
+    with pytest.raises(ValueError, match="cannot decode"):
+        data.decode_clip(path, MEDIA)
+
+    def slow(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    with pytest.raises(ValueError, match="15 minutes"):
+        data.decode_clip(path, MEDIA)
+    with pytest.raises(ValueError, match="no such file"):
+        data.decode_clip(tmp_path, MEDIA)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """A disc is stored at half its width or height."""
+    disc = "color=black:size=128x128:rate=8:duration=3,geq=lum='255*lt(hypot(X-64,Y-64),40)':cb=128:cr=128"
+    for squeeze in ("scale=64:128,setsar=2", "scale=128:64,setsar=1/2", "scale=128:128,setsar=1"):
+        path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", f"{disc},{squeeze}",
+                       "-f", "lavfi", "-i", BEEP.format(3, 1), "-c:v", "ffv1")  # fmt: skip
+        light = data.decode_clip(path, MEDIA)[0][10, ..., 1] > 128  # (32, 32)
+        assert [light.any(axis).sum().item() for axis in (0, 1)] == pytest.approx([20, 20], abs=1), squeeze
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4"])
+def test_the_default_streams_are_read(tmp_path, container):
+    """Another picture is larger, and another sound has a higher sample rate and more channels."""
+    tone = "aevalsrc='0.3*sin(2*PI*{0}*t){1}':s={2}:d=3"
+    sources = ["color=red:size=128x128:rate=25:duration=3", "color=blue:size=64x64:rate=10:duration=3",
+               tone.format(1000, "|0.3*sin(2*PI*1000*t)", 48000), tone.format(300, "", 8000)]  # fmt: skip
+    arguments = [x for source in sources for x in ("-f", "lavfi", "-i", source)]
+    arguments += [x for k in range(4) for x in ("-map", k)]
+    for stream, default in (("v:0", 0), ("v:1", "default"), ("a:0", 0), ("a:1", "default")):
+        arguments += [f"-disposition:{stream}", default]
+    video, audio = data.decode_clip(produce(tmp_path / f"x.{container}", *arguments), MEDIA)
+    assert video.float().mean((0, 1, 2)).argmax() == 2  # blue
+    assert abs(torch.fft.rfft(audio[8000:24000]).abs().argmax() - 300) <= 1  # one line per hertz
+
+
+def test_channels_become_one(tmp_path):
+    """Two may be alike, or in opposite phase, or one may be silent. There may be one, or six."""
+    for expression, loud in (("{0}|{0}", 1), ("{0}|-{0}", 1), ("{0}", 1), ("{0}|0", 0.5), ("0|-{0}", 0.5)):
+        source = "aevalsrc='" + expression.format("0.5*sin(2*PI*440*t)") + "':s=16000:d=3"
+        path = produce(tmp_path / "x.mkv", "-f", "lavfi", "-i", FLASH.format(3, 1), "-f", "lavfi", "-i", source,
+                       "-c:a", "pcm_s16le")  # fmt: skip
+        _, audio = data.decode_clip(path, MEDIA)
+        assert audio.abs().max() == pytest.approx(0.5 * loud, rel=0.01), expression
+    path = produce(tmp_path / "six.mkv", "-i", path, "-af", "pan=5.1|FC=c1", "-c:a", "pcm_s16le")  # front centre alone
+    _, audio = data.decode_clip(path, MEDIA)
+    assert audio.shape == (48000,) and audio.abs().max() > 0.1
+
+
+def test_sound_is_finite_and_at_most_one(tmp_path):
+    """A file of floats may hold anything."""
+    samples = (1.7 * np.sin(np.arange(48000) / 6)).astype(np.float32)
+    samples[1000:1100], samples[2000], samples[2001] = np.nan, np.inf, -np.inf
+    soundfile.write(tmp_path / "x.wav", samples, 16000, subtype="FLOAT")
+    path = produce(
+        tmp_path / "x.mkv", "-f", "lavfi", "-i", FLASH.format(3, 1), "-i", tmp_path / "x.wav", "-c:a", "copy"
+    )
+    _, audio = data.decode_clip(path, MEDIA)
+    np.testing.assert_array_equal(audio.numpy(), np.clip(np.nan_to_num(samples), -1, 1))
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips beside the project")
+def test_real_clips():
+    for path in sorted(CLIPS.iterdir()):
+        clips = stacked(data.clip_windows(path, LAYOUT, MEDIA))
+        assert len(clips["video"]) >= 2 and clips["video"].float().std() > 5 and clips["audio"].std() > 1e-3

@@ -1,8 +1,8 @@
-"""generate() against the one world where everything is known: jointly Gaussian latents.
+"""generate() against a world where everything is known: jointly Gaussian latents.
 
-There the best denoiser at ANY timestep vector is affine in z, so that a sampler's mean and covariance follow from its
-steps exactly, and what it should have reached is the textbook conditional. `pytest -s tests/test_exact.py` prints what
-the tests measure.
+There the best denoiser is affine in z at any timestep vector. So the mean and covariance of samples follow exactly from
+the sampler's formulas, and their goal is the textbook conditional. `pytest -s tests/test_exact.py` prints what the tests
+measure.
 """
 
 import math
@@ -12,22 +12,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_method import alpha_bar
+from baselines import generate_baseline
+from test_method import alpha_bar, segments
 from test_sampling import ETA, ddim_eta_step
 
 import avdit
 import data
-from avdit import (
-    SAMPLERS,
-    TASKS,
-    Layout,
-    Modality,
-    NoiseSchedule,
-    av_modalities,
-    generate,
-    generate_baseline,
-    task_mask,
-)
+from avdit import SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, av_modalities, generate, task_mask
 
 SCHEDULE, AB = NoiseSchedule(), alpha_bar()
 WORLD = Layout(
@@ -43,8 +34,10 @@ AUDIO = SEGMENT >= 3
 class Oracle:
     """E[eps | z] at any timestep vector: with z = D z0 + S eps it is S (D C D + S^2)^-1 (z - D mean).
 
-    A plain callable with AVDiT's signature, which predicts eps. `alike`: so many examples in a row share their t.
+    `alike` examples in a row must have the same t.
     """
+
+    prediction = "eps"
 
     def __init__(self, alike=1):
         g = torch.Generator().manual_seed(1)
@@ -70,37 +63,25 @@ class Oracle:
 
 
 def recursion(mean, cov, steps, sampler):
-    """Mean and covariance after every step of a sampler that has the exact denoiser of N(mean, cov), by the papers.
+    """Mean and covariance of the samples of a sampler that has the exact denoiser of N(mean, cov), from the papers.
 
-    Written for the conditional world alone, in which all elements share one t, from N(0, 1). At z = a mean the
-    predicted noise is zero, so that what moves is X, the deviations from it: of the mean, and of each unit of noise.
+    It knows the conditional world alone, in which all elements share one t, and starts from N(0, 1). At z = a mean the
+    predicted noise is zero. X holds deviations from there: the one of the mean, and one per unit of noise.
     """
     taus = [round(1000 - 1000 * k / steps) for k in range(steps + 1)]
     one = np.eye(len(mean))
-    X, extra, last = np.c_[-math.sqrt(AB[1000]) * mean, one], np.zeros_like(one), None
+    X, extra = np.c_[-math.sqrt(AB[1000]) * mean, one], np.zeros_like(one)  # extra: of the noise drawn on the way
     for t, t2 in pairwise(taus):
         a, s, a2, s2 = (math.sqrt(x) for x in (AB[t], 1 - AB[t], AB[t2], 1 - AB[t2]))
         gain = s * np.linalg.inv(AB[t] * cov + (1 - AB[t]) * one)  # eps_hat = gain (z - a mean)
-        z0_hat = (one - s * gain) / a
-        if sampler in ("ddpm", "ddim_eta"):
-            var = 1 - AB[t] / AB[t2]
+        z0_hat, var = (one - s * gain) / a, 1 - AB[t] / AB[t2]
+        if sampler == "ddpm":
             A = (one - var / s * gain) / math.sqrt(1 - var)
-            if sampler == "ddim_eta":  # DDIM's Eq. 12, 16
-                var = ETA**2 * (1 - AB[t2]) / (1 - AB[t]) * var
-                A = a2 * z0_hat + math.sqrt(s2**2 - var) * gain
-            X, extra = A @ X, A @ extra @ A.T + (var if t2 else 0) * one
-        elif sampler == "ddim" or last is None or not t2:
-            X, last = (a2 * z0_hat + s2 * gain) @ X, (t, z0_hat @ X)
-        else:  # Algorithm 2 of the DPM-Solver++ paper, its last step of first order
-            h = half_log_snr(t2) - half_log_snr(t)
-            r = (half_log_snr(t) - half_log_snr(last[0])) / h
-            D = (1 + 1 / (2 * r)) * z0_hat @ X - 1 / (2 * r) * last[1]
-            X, last = s2 / s * X - a2 * math.expm1(-h) * D, (t, z0_hat @ X)
+        else:  # DDIM's Eq. 12, 16
+            var *= (1 - AB[t2]) / (1 - AB[t]) * (ETA**2 if sampler == "ddim_eta" else 0)
+            A = a2 * z0_hat + math.sqrt(s2**2 - var) * gain
+        X, extra = A @ X, A @ extra @ A.T + (var if t2 else 0) * one
     return mean + X[:, 0], X[:, 1:] @ X[:, 1:].T + extra
-
-
-def half_log_snr(t):
-    return math.log(AB[t] / (1 - AB[t])) / 2
 
 
 def all_masks():
@@ -110,9 +91,9 @@ def all_masks():
 
 
 def probe(oracle, given, monkeypatch, **kwargs):
-    """generate() as the affine map it is: run it from zero and from every unit vector -> matrix, offset per mask.
+    """generate() as an affine map of its first noise -> matrix, offset per mask of `given`, bool (masks, S).
 
-    given: bool (masks, S). Noise that is drawn later is put to zero, so that the map of the first remains.
+    It runs from zero and from every unit vector. Noise that is drawn later is replaced by zeros.
     """
     starts = torch.cat([torch.zeros(1, E), torch.eye(E)]).double().repeat(len(given), 1)
     noises = [starts]
@@ -125,11 +106,10 @@ def probe(oracle, given, monkeypatch, **kwargs):
 
 @pytest.mark.parametrize(("sampler", "steps", "alike", "bound"),
                          [("ddim", 250, 400, 0.03), ("ddpm", 50, 400, 0.1), ("ddpm", 1000, 100, 0.005),
-                          ("dpmpp_2m", 20, 400, 0.25), ("dpmpp_2m", 50, 400, 0.03),
                           ("ddim_eta", 250, 100, 0.05)])  # fmt: skip
 def test_samples_have_the_exact_conditional_mean_and_covariance(sampler, steps, alike, bound, monkeypatch):
-    """15 masks at once. The samples against the recursion (sampling error), the recursion against the truth (bias)."""
-    monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)  # as a fork adds one
+    """15 masks at once. Samples agree with the recursion (sampling error), and the recursion with the truth (bias)."""
+    monkeypatch.setitem(SAMPLERS, "ddim_eta", ddim_eta_step)
     oracle, given = Oracle(alike), all_masks()
     made = generate(oracle, SCHEDULE, WORLD, oracle.clean.expand(15 * alike, -1), given.repeat_interleave(alike, 0),
                     steps=steps, sampler=sampler, generator=torch.Generator().manual_seed(5))  # fmt: skip
@@ -156,22 +136,21 @@ def test_samples_have_the_exact_conditional_mean_and_covariance(sampler, steps, 
     assert max(worst) < bound
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("dpmpp_2m", 20)])
-def test_generate_is_the_exact_linear_map(sampler, steps, monkeypatch):
-    """No sampling error at all: generate()'s own matrix, for 15 masks at once, against the recursion's."""
+def test_generate_is_the_exact_linear_map(monkeypatch):
+    """Without sampling error: generate()'s own matrix, for 15 masks at once, against the recursion's."""
     oracle, given = Oracle(), all_masks()
-    matrix, offset = probe(oracle, given, monkeypatch, steps=steps, sampler=sampler)
+    matrix, offset = probe(oracle, given, monkeypatch, steps=50)
     for held, A, b in zip(given[:, SEGMENT], matrix, offset):
         assert (A[held] == 0).all() and (A[:, held].abs() < 1e-12).all()  # neither moved nor used as noise
         mean, cov = oracle.conditional(held)
-        m, P = recursion(mean.numpy(), cov.numpy(), steps, sampler)
+        m, P = recursion(mean.numpy(), cov.numpy(), 50, "ddim")
         np.testing.assert_allclose(b[~held], m, atol=1e-5)
         np.testing.assert_allclose((A @ A.T)[~held][:, ~held], P, atol=1e-5)
 
 
 def test_ddim_converges_at_first_order(monkeypatch):
-    """From the true marginal at T the covariance's error halves with every doubling of the steps, and the mean is exact
-    at any number; from N(0, I) the mean keeps an error of a_T |C^(1/2) mean|."""
+    """With twice the steps the error of the covariance halves, if it starts from the true marginal at T. Then the mean
+    is exact for any number of steps. From N(0, I) the mean keeps an error of a_T |C^(1/2) mean|."""
     oracle, joint = Oracle(), torch.zeros(1, 8, dtype=torch.bool)
     a, s = math.sqrt(AB[1000]), math.sqrt(1 - AB[1000])
     marginal = a * a * oracle.cov + s * s * torch.eye(E)
@@ -213,14 +192,14 @@ def test_guidance_extrapolates_between_two_exact_conditionals(drop, names):
         z0_hat = (z - math.sqrt(1 - AB[tau]) * guided) / math.sqrt(AB[tau])
         z = math.sqrt(AB[tau2]) * z0_hat + math.sqrt(1 - AB[tau2]) * guided
     assert (made - plain)[:, ~held].abs().max() > 1  # it does something, and what it does is this
-    # The oracle takes the noise in the place of what was dropped for 0.00635 of signal, which moves this by 0.02.
+    # To the oracle, the noise in place of the condition has 0.00635 of signal, which moves this by 0.02.
     torch.testing.assert_close(made[:, ~held], z, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(("task", "guidance", "drop"), [("inpaint", 0.0, ["audio"]), ("joint", 2.0, None),
                                                         ("a2v", 2.0, ["video"])])  # fmt: skip
 def test_guidance_of_zero_or_away_from_nothing_is_none(task, guidance, drop):
-    """Bit-identical to no guidance, and without its second half of the call."""
+    """The result is bit-identical to no guidance, and no call has a second half."""
     oracle = Oracle()
     runs = [generate(oracle, SCHEDULE, WORLD, oracle.clean.expand(3, -1), task_mask(task, WORLD), steps=3,
                      generator=torch.Generator().manual_seed(0), **kwargs)
@@ -236,7 +215,7 @@ def distance(m, P, mean, cov):
 
 @pytest.mark.parametrize("task", ["a2v", "v2a", "inpaint", "continue"])
 def test_replacement_misses_the_conditional_that_masked_sampling_hits(task, monkeypatch):
-    """The paper's point [Sec. 3.3, App. C.2], with the exact denoiser for both: they differ in how they hold the given."""
+    """The paper's point [Sec. 3.3, App. C.2]. Both have the exact denoiser and differ in how they keep what is given."""
     n, oracle, given, found = 1000, Oracle(), task_mask(task, WORLD), {}
     held = given[SEGMENT]
     mean, cov = oracle.conditional(held)
@@ -252,10 +231,10 @@ def test_replacement_misses_the_conditional_that_masked_sampling_hits(task, monk
 
 
 class TrainedFrom(Oracle):
-    """The best denoiser of a training that began at t = `least`: what it is given at t = 0 it takes for that noisy."""
+    """The best denoiser of a training that never went below t = `least`. It takes t = 0 for that timestep."""
 
     def __init__(self, least):
-        super().__init__()
+        super().__init__(alike=E + 1)
         self.least = least
 
     def __call__(self, z, t, z0_prev=None):
@@ -264,8 +243,8 @@ class TrainedFrom(Oracle):
 
 @pytest.mark.parametrize(("least", "most"), [(1, 0.003), (20, 0.1)])
 def test_what_it_costs_to_give_t_0_where_training_began_later(least, most, monkeypatch):
-    """Alg. 1 draws t from 1..T, Alg. 3 gives t = 0. The conditional that such a network believes in has a closed form;
-    generate() must reach it."""
+    """Alg. 1 draws t from 1..T, and Alg. 3 gives t = 0. Such a network believes in a conditional that has a closed form,
+    and generate() must reach it."""
     for task in ("a2v", "v2a", "inpaint", "continue"):
         oracle, given = TrainedFrom(least), task_mask(task, WORLD)
         held = given[SEGMENT]
@@ -275,7 +254,7 @@ def test_what_it_costs_to_give_t_0_where_training_began_later(least, most, monke
         gain = across @ torch.linalg.inv(inside + s * s * torch.eye(len(inside)))
         believed = oracle.mean[~held] + gain @ (oracle.clean[held] - a * oracle.mean[held])
         believed_cov = oracle.cov[~held][:, ~held] - gain @ across.T
-        (A,), (b,) = probe(oracle, given[None], monkeypatch, steps=50, sampler="dpmpp_2m")
+        (A,), (b,) = probe(oracle, given[None], monkeypatch, steps=250)
         assert ((b[~held] - believed) / believed_cov.diagonal().sqrt()).abs().max() < 0.03  # the sampler's own bias
         assert ((A @ A.T)[~held][:, ~held] - believed_cov).norm() / believed_cov.norm() < 0.03
         cost = distance(believed, believed_cov, mean, cov)
@@ -284,21 +263,22 @@ def test_what_it_costs_to_give_t_0_where_training_began_later(least, most, monke
 
 
 def test_a_clean_neighbour_leaves_less_to_learn_from_farther_away():
-    """Gaussian latents with the toy world's covariance: what the best denoiser gains by seeing more than its segment
-    and those that touch it in time, (video's) mean squared error of v or z0."""
+    """Gaussian latents with the toy world's covariance. What does the best denoiser of video gain by seeing more than a
+    segment and those that touch it in time? The mean squared error of v or z0 falls by this much."""
     layout = Layout(av_modalities(8, (2, 2), 6, 0.125, 6))
-    tokenizers, clips = data.Tokenizers("toy", layout, data.TOY), data.toy_clips(512, 0)[0]
+    tokenizers, clips = data.media_tokenizers(layout, data.TOY, residual=False), data.toy_clips(512, 0)[0]
     tokenizers.fit(clips)
     cov = tokenizers.encode(clips).double().T.cov() + 1e-3 * torch.eye(layout.E)
+    owner = segments(layout)
     touching = (layout.starts[:, None] < layout.ends + 1e-6) & (layout.ends[:, None] > layout.starts - 1e-6)
 
     def gain(t, segments, unit):
         """t (n, S) -> the mean over n and `segments` of the error without the farther ones, less that with all."""
-        ab = torch.tensor(AB)[t][:, layout.segment]
+        ab = torch.tensor(AB)[t][:, owner]
         noisy = ab[:, :, None].sqrt() * cov * ab[:, None].sqrt() + torch.diag_embed(1 - ab)
         lost = []
         for n in segments:
-            own, seen = layout.segment == n, touching[n][layout.segment]
+            own, seen = owner == n, touching[n][owner]
             error = [cov.diagonal()[own] - (x * torch.linalg.solve(M, x.mT).mT).sum(-1) for x, M in (
                 (ab[:, None].sqrt() * cov[own], noisy),
                 (ab[:, None, seen].sqrt() * cov[own][:, seen], noisy[:, seen][:, :, seen]))]  # fmt: skip
@@ -318,33 +298,23 @@ def test_a_clean_neighbour_leaves_less_to_learn_from_farther_away():
     assert 0 < monl < 0.6 * by_mixture["task:continue"] and 0 < clean < 0.7 * noisy
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
-def test_steps_are_the_papers_to_a_millionth(name):
-    """Every t to t - 1, and 200 random longer steps, a segment each, in float64; before each a step as long."""
+def test_steps_are_the_papers():
+    """All steps from t to t - 1, and 200 random longer ones, one element each, in float64. a and s are float32."""
     g = torch.Generator().manual_seed(0)
-    layout = Layout([Modality("line", (), 1, tuple(range(1201)))])
     t = torch.cat([torch.arange(1, 1001), torch.randint(2, 1001, (200,), generator=g)])
     t2 = torch.cat([torch.arange(1000), (t[1000:] * torch.rand(200, generator=g)).long()])
-    z, z0_hat, eps, z0_last = torch.randn(4, 1, 1200, generator=g, dtype=torch.float64)
-    t_last = (2 * t - t2).clamp(max=1000)
-    noise = torch.randn(1, 1200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    keep = t_last > t  # from 1000 there is no step before
-    want = []
-    for n in range(1200):
-        ab, ab2, e, z0, x = AB[t[n]], AB[t2[n]], eps[0, n].item(), z0_hat[0, n].item(), z[0, n].item()
-        if name == "ddim" or name == "dpmpp_2m" and not t2[n]:
-            want.append(math.sqrt(ab2) * z0 + math.sqrt(1 - ab2) * e)
-        elif name == "ddpm":
-            alpha = ab / ab2
-            want.append((x - (1 - alpha) / math.sqrt(1 - ab) * e) / math.sqrt(alpha))
-            want[-1] += math.sqrt(1 - alpha) * noise[0, n].item() if t2[n] else 0
-        else:
-            h, h_last = half_log_snr(t2[n]) - half_log_snr(t[n]), half_log_snr(t[n]) - half_log_snr(t_last[n])
-            D = z0 + h / (2 * h_last) * (z0 - z0_last[0, n].item()) if keep[n] else 0
-            want.append(math.sqrt((1 - ab2) / (1 - ab)) * x - math.sqrt(ab2) * math.expm1(-h) * D)
-    if name == "dpmpp_2m":  # its form here takes for granted that z = a z0_hat + s eps_hat
-        ab = torch.tensor(AB)[t]
-        eps = (z - ab.sqrt() * z0_hat) / (1 - ab).sqrt()
-    got = SAMPLERS[name](SCHEDULE, layout, z, t[None], t2[None], z0_hat, eps, (t_last[None], z0_last),
-                         torch.Generator().manual_seed(1))[0]  # fmt: skip
-    np.testing.assert_allclose(got[keep].numpy(), np.array(want)[keep], rtol=1e-6, atol=1e-6)
+    z, z0_hat, eps, noise = torch.randn(4, 1200, generator=g, dtype=torch.float64)
+    now, then = ((SCHEDULE.a[x], SCHEDULE.s[x]) for x in (t, t2))
+    ab, ab2 = torch.tensor(AB)[t], torch.tensor(AB)[t2]
+    alpha = ab / ab2
+    want = {
+        "ddim": ab2.sqrt() * z0_hat + (1 - ab2).sqrt() * eps,
+        "ddpm": (z - (1 - alpha) / (1 - ab).sqrt() * eps) / alpha.sqrt() + (t2 > 0) * (1 - alpha).sqrt() * noise,
+    }
+    # Rounding moves alpha, the square of a quotient of two float32, by at most 5e-7. This moves the factors of eps and
+    # of the noise by the following. At t = 1, where 1 - alpha is 1e-4, it is half a percent of them.
+    error = 5e-7 * (eps.abs() / (1 - ab).sqrt() + noise.abs() / (2 * (1 - alpha).sqrt())) / alpha.sqrt()
+    size = (z.abs() + eps.abs()) / alpha.sqrt() + noise.abs() + z0_hat.abs()
+    for name, sampler in SAMPLERS.items():
+        got = sampler(z, z0_hat, eps, now, then, lambda: noise)
+        assert ((got - want[name]).abs() <= 1e-6 * size + (error if name == "ddpm" else 0)).all(), name

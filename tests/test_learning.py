@@ -1,4 +1,4 @@
-"""Training finds the one denoiser that is right: on Gaussian data it is known, and so is the loss that it leaves."""
+"""Training finds the best denoiser. On Gaussian data that denoiser is known, and so is the loss that it leaves."""
 
 import math
 
@@ -10,13 +10,13 @@ from train import make_optimizers
 
 
 def test_training_on_gaussian_data_approaches_the_oracles_loss():
-    """One model trained on all four strategies, with the toy preset's optimizer: on each its loss is within 7 % of the
-    oracle's, and at least half way there from the best denoiser that looks at each element alone."""
+    """One model is trained on all four strategies with the toy preset's optimizer. For each strategy its loss is within
+    7 % of the oracle's. From the best denoiser that sees each element alone, it is more than half way there."""
     torch.manual_seed(0)
     g, oracle, steps = torch.Generator().manual_seed(0), Oracle(), 400
     root = torch.linalg.cholesky(oracle.cov).float()
     alone = Oracle()
-    alone.cov = torch.diag(oracle.cov.diagonal())  # what the elements tell of each other is withheld
+    alone.cov = torch.diag(oracle.cov.diagonal())  # it does not know what elements tell about each other
 
     def draw(n, mixture):
         z0 = oracle.mean.float() + torch.randn(n, E, generator=g) @ root.T
@@ -30,7 +30,7 @@ def test_training_on_gaussian_data_approaches_the_oracles_loss():
         training_loss(model, SCHEDULE, WORLD, *draw(128, "monl"))[0].backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
+                group["lr"] = lr * group["lr_scale"]
             optimizer.step()
     print()
     for strategy in MONL:
@@ -44,5 +44,5 @@ def test_training_on_gaussian_data_approaches_the_oracles_loss():
         excess, most = loss - least, blind - least
         print(f"{strategy:8} oracle {least:.4f}, excess of the model {excess:.4f}, of each alone {most:.4f}")
         assert excess < 0.07 * least and excess < 0.5 * most
-        # The loss is the oracle's plus the squared distance to the oracle, but for the sampling error.
+        # The loss is the oracle's plus the squared distance to the oracle, up to the sampling error.
         assert abs(excess - distance) < 0.2 * distance + 0.002

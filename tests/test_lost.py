@@ -1,112 +1,149 @@
-"""Nothing is lost: a run that is killed, stopped, out of disk or broken; checkpoints and flags that are wrong."""
+"""Nothing is lost: runs that are killed, stopped, out of disk or broken; checkpoints and flags that are wrong."""
 
+import io
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
+import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_data import latents_file
-from test_scripts import equal
+from test_train import equal
 
 import data
 import sample
 import train
+from avdit import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
-PROGRAM = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import train
-train.Log.EVERY, draw = 4, train.draw
-train.draw = lambda seed, step, *more: (print("step", step, flush=True), draw(seed, step, *more))[1]
-sys.exit(train.main())
-"""
-FLAGS = ("--data", "z.npz", "--preset", "toy", "--out", "o", "--batch", 2, "--dtype", "fp32")
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A network that trains in milliseconds."""
+    monkeypatch.setitem(PRESETS, "toy", replace(PRESETS["toy"], dim=32, depth=1, heads=2))
 
 
-def start(folder, *flags, program=PROGRAM):
-    """train.py in a process of its own that says which step it begins."""
-    folder.mkdir(exist_ok=True)
-    latents_file(folder / "z.npz")
-    (folder / "program.py").write_text(program)
-    command = [sys.executable, "program.py", *map(str, (*FLAGS, *flags))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+def one_line(err):
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    return lines[0]
 
 
-def steps(out):
-    return [int(line.split()[1]) for line in out.splitlines() if line.startswith("step") and "/" not in line]
+# --- Lives of a run that end early ------------------------------------------------------------------------------------
+
+EVERY = 3  # steps between checkpoints
+LIVES = {  # how a life ends: (the step from which on it may, the file that it leaves)
+    "half of a checkpoint is written": (4, "ckpt.pt.partial"),
+    "a checkpoint is not renamed yet": (7, "ckpt.pt.partial"),
+    "a line of the log is not renamed yet": (10, "log.csv.partial"),
+    "kill -9 at a random moment": (13, "ckpt.pt"),
+    "Ctrl-C": (16, "ckpt.pt"),
+    "done": (23, "ckpt.pt"),
+}
 
 
-def result(folder):
-    """Everything a run leaves."""
-    return torch.load(folder / "o/ckpt.pt", weights_only=True), (folder / "o/log.csv").read_bytes()
+def live(end, at):
+    """train.py, until this end."""
+    begun, draw, save, rename = [], train.draw, torch.save, os.replace
+
+    def die_if(name):
+        if name == end and begun and begun[-1] >= at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def drawing(args, step, *more):
+        number = {"kill -9 at a random moment": signal.SIGKILL, "Ctrl-C": signal.SIGINT}.get(end)
+        if number and step == at:
+            threading.Timer(random.Random(0).uniform(0, 0.02), os.kill, (os.getpid(), number)).start()
+        begun.append(step)
+        print("step", step, flush=True)
+        return draw(args, step, *more)
+
+    def saving(state, file):
+        save(state, content := io.BytesIO())
+        half = content.tell() // 2
+        file.write(content.getvalue()[:half])
+        file.flush()
+        die_if("half of a checkpoint is written")
+        file.write(content.getvalue()[half:])
+
+    def renaming(old, new):
+        die_if(f"{'a checkpoint' if new.suffix == '.pt' else 'a line of the log'} is not renamed yet")
+        rename(old, new)
+
+    train.Log.EVERY, train.draw, torch.save, os.replace = 4, drawing, saving, renaming
+    train.main()
 
 
-def finished(folder, *flags):
-    out, err = start(folder, *flags).communicate()
-    assert "done: o/ckpt.pt" in out, err
-    return result(folder)
+def main(folder):
+    """Run train.py once undisturbed and then all LIVES, each in a process forked from this one, which has torch loaded.
+    -> JSON of what is left after each."""
+    os.chdir(folder)
+    latents_file("z.npz")
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # loads the rest
+    left = []
+    for out, end in [("whole", "done"), *(("killed", end) for end in LIVES)]:
+        flags = ("--data", "z.npz", "--preset", "toy", "--batch", 2, "--dtype", "fp32", "--steps", 24)
+        sys.argv = ["train.py", *map(str, flags), "--save-every", str(EVERY), "--out", out]
+        child = os.fork()
+        if not child:
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            status = 1
+            try:
+                live(end, LIVES[end][0])
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        text = Path("stdout").read_text()
+        begun = [int(line.split()[1]) for line in text.splitlines() if line.startswith("step") and "/" not in line]
+        files = sorted(path.name for path in Path(out).iterdir())
+        step = torch.load(Path(out, "ckpt.pt"), weights_only=True)["step"]
+        left.append((end, status, begun, step, files, text, Path("stderr").read_text()))
+    print(json.dumps(left))
 
 
-WHOLE, EVERY = ("--steps", 60, "--save-every", 3), 3
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What a run leaves that nothing disturbed."""
-    return finished(tmp_path_factory.mktemp("whole"), *WHOLE)
-
-
-def test_killed_at_six_moments(whole, tmp_path):
-    """kill -9, three times at a random moment and three times while a checkpoint is written, then to the end."""
-    folder, reached, rng = tmp_path / "killed", 0, random.Random(0)
-    partial = folder / "o/ckpt.pt.partial"
-    for k in range(6):
-        process, seen = start(folder, *WHOLE), []
-        while not seen or seen[-1] < reached + EVERY:  # until it has saved more than the one before
-            seen += steps(process.stdout.readline())
-            assert process.poll() is None
-        time.sleep(rng.uniform(0, 0.02))
-        while k % 2 and not partial.exists():
-            assert process.poll() is None
-        process.kill()
-        seen += steps(process.communicate()[0])
-        assert process.returncode == -signal.SIGKILL
-        assert reached - EVERY <= seen[0] <= reached + 1
-        reached = seen[-1]
-    assert equal(finished(folder, *WHOLE), whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, number):
-    process = start(tmp_path / "stopped", *WHOLE)
-    while process.stdout.readline() != "step 7\n":
-        assert process.poll() is None
-    process.send_signal(number)
-    out, err = process.communicate()
-    assert process.returncode == 130 and "saved: the same command goes on" in one_line(err)
-    state, _ = result(tmp_path / "stopped")
-    assert state["step"] == (steps(out) or [7])[-1] + 1 < 60
-    if number == signal.SIGINT:
-        assert equal(finished(tmp_path / "stopped", *WHOLE), whole)
-
-
-def test_a_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), train.signals_noted() as noted:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert noted == [signal.SIGINT]
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+def test_killed_and_stopped_at_any_moment(tmp_path):
+    """After every end the same command goes on. What it leaves at last is, bit for bit, what an undisturbed run leaves."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _, *lives = json.loads(done.stdout)
+    before = 0
+    for end, status, begun, step, files, text, err in lives:
+        at, leaves = LIVES[end]
+        assert begun == list(range(before, begun[-1] + 1)), end  # from the last checkpoint on, no step left out
+        assert begun[-1] >= at and step in (begun[-1] // EVERY * EVERY, begun[-1] + 1), end
+        assert (f"going on at step {before} of killed/ckpt.pt" in text) == (before > 0)
+        assert {"ckpt.pt", "log.csv", leaves} <= {*files}
+        if end == "done":
+            assert (status, step, len(files)) == (0, 24, 2) and text.endswith("done: killed/ckpt.pt\n"), err
+        elif end == "Ctrl-C":
+            line = f"stopped; the same command goes on, from at most {EVERY} steps before"
+            assert (status, len(files)) == (130, 2) and one_line(err).endswith(line)
+        else:
+            assert status == -signal.SIGKILL
+        before = step
+    results = []
+    for out in ("whole", "killed"):
+        state = torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
+        assert state["config"].pop("out") == out
+        results.append((state, (tmp_path / out / "log.csv").read_bytes()))
+    assert equal(*results)
 
 
 def test_same_seed_same_bits(call, latents, tmp_path):
@@ -120,77 +157,97 @@ def test_same_seed_same_bits(call, latents, tmp_path):
 def test_the_same_command_again_says_that_it_is_done(call, latents, tmp_path):
     assert call(train, *latents)[0] == 0
     before = (tmp_path / "runs/z/ckpt.pt").read_bytes()
+    log = (tmp_path / "runs/z/log.csv").read_bytes()
     status, out, err = call(train, *latents)
-    assert status == 0 and "done: runs/z/ckpt.pt" in out and "step" not in out and not err
-    assert (tmp_path / "runs/z/ckpt.pt").read_bytes() == before
+    assert status == 0 and out.endswith("done: runs/z/ckpt.pt\n") and "steps/s" not in out and not err
+    assert (tmp_path / "runs/z/ckpt.pt").read_bytes() == before and (tmp_path / "runs/z/log.csv").read_bytes() == log
+
+
+def stopping_at(step, monkeypatch):
+    """The run ends, as if by Ctrl-C, once it has saved this step."""
+    save = train.Run.save
+
+    def stop(self, now):
+        save(self, now)
+        if now == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "save", stop)
 
 
 def test_a_run_that_goes_on_keeps_its_tokenizers_and_its_log(call, latents, tmp_path, monkeypatch):
     """Elsewhere a fit may differ, and the weights have learned the first one's latents. log.csv comes from ckpt.pt."""
-    monkeypatch.setattr(train.Log, "EVERY", 2)
+    monkeypatch.setattr(train.Log, "EVERY", 1)
     assert call(train, *latents, "--steps", 8)[0] == 0
     whole, log = torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True), (tmp_path / "runs/z/log.csv").read_bytes()
-    save = train.save
-
-    def stop(path, state):
-        save(path, state)
-        if state["step"] == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save", stop)
-    assert call(train, *latents, "--steps", 8, "--out", "runs/y")[0] == 130
-    monkeypatch.setattr(train, "save", save)
+    with monkeypatch.context() as patch:
+        stopping_at(4, patch)
+        assert call(train, *latents, "--steps", 8, "--out", "runs/y")[0] == 130
     monkeypatch.setattr(data.Standardize, "fit", None)
     (tmp_path / "runs/y/log.csv").write_text("1,2,torn")
-    status, out, err = call(train, *latents, "--steps", 8, "--out", "runs/y", "--accumulate", 1, "--save-every", 1)
+    status, out, err = call(train, *latents, "--steps", 8, "--out", "runs/y")
     assert status == 0 and "going on at step 4" in out, err
     resumed = torch.load(tmp_path / "runs/y/ckpt.pt", weights_only=True)
-    assert all(equal(resumed[part], whole[part]) for part in ("model", "ema", "adamw", "muon", "tokenizers"))
-    assert (tmp_path / "runs/y/log.csv").read_bytes() == log and resumed["log"]["rows"] == whole["log"]["rows"]
+    assert resumed["config"].pop("out") != whole["config"].pop("out") and equal(resumed, whole)
+    assert (tmp_path / "runs/y/log.csv").read_bytes() == log and log.count(b"\n") == 9
 
 
-def test_the_estimate_is_bounded_by_what_the_clips_reach(call, latents, tmp_path):
-    """z_max of a modality is the largest |z| of the clips that are trained on."""
-    assert call(train, *latents)[0] == 0
-    trained = sample.Trained("runs/z", torch.device("cpu"))
-    clips, _ = data.training_clips("z.npz", trained.layout, data.TOY)
-    bounds = trained.layout.unpack(trained.model.z_max)
-    for name, z in trained.layout.unpack(trained.tokenizers.encode(clips)).items():
-        assert (bounds[name] == z.abs().max()).all()
+def test_a_run_may_go_on_elsewhere(call, latents, tmp_path, monkeypatch):
+    """On another device, compiled, in micro-batches, saved at other steps, and in a folder that was moved."""
+    assert call(train, *latents, "--steps", 8)[0] == 0
+    with monkeypatch.context() as patch:
+        stopping_at(4, patch)
+        assert call(train, *latents, "--steps", 8, "--out", "a")[0] == 130
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    flags = ("--out", "b", "--device", "cpu", "--compile", "--accumulate", 2, "--save-every", 7)
+    status, out, err = call(train, *latents, "--steps", 8, *flags)
+    assert status == 0 and "going on at step 4 of b/ckpt.pt" in out, err
+    a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("runs/z", "b"))
+    for name, x in a["model"].items():
+        torch.testing.assert_close(b["model"][name], x, atol=1e-4, rtol=1e-3)  # the sums of micro-batches round apart
+    assert b["step"] == 8 and b["config"]["accumulate"] == 2
 
 
-def test_stopped_before_a_step_says_that_nothing_is_saved(call, latents, monkeypatch):
+def test_stopped_before_a_step_nothing_is_written(call, latents, tmp_path, monkeypatch):
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "training_clips", stop)
+    monkeypatch.setattr(data.Latents, "training_clips", stop)
     status, _, err = call(train, *latents)
-    assert status == 130 and "nothing new was saved" in one_line(err)
+    assert status == 130 and "the same command goes on" in one_line(err) and not (tmp_path / "runs").exists()
 
 
 # --- Disks and numbers that fail ------------------------------------------------------
 
 
-def one_line(err):
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    return lines[0]
+@pytest.mark.parametrize("name", ["ckpt.pt", "log.csv"])
+def test_a_full_disk_leaves_the_last_checkpoint(call, latents, tmp_path, monkeypatch, name):
+    save = train.Run.save
 
+    def then_full(self, step):
+        save(self, step)
+        if step == 2:
+            (self.path.parent / f"{name}.partial").symlink_to("/dev/full")
 
-def test_a_full_disk_leaves_the_last_checkpoint(call, latents, tmp_path, monkeypatch):
-    save = train.save
-
-    def then_full(path, state):
-        save(path, state)
-        if state["step"] == 2:
-            Path(f"{path}.partial").symlink_to("/dev/full")
-
-    monkeypatch.setattr(train, "save", then_full)
-    status, _, err = call(train, *latents)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", then_full)
+        status, _, err = call(train, *latents)
     assert status == 2 and "No space left" in one_line(err)
     assert sorted(x.name for x in (tmp_path / "runs/z").iterdir()) == ["ckpt.pt", "log.csv"]
     assert torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)["step"] == 2
+    assert call(train, *latents)[0] == 0 and call(train, *latents, "--out", "o")[0] == 0  # once there is space again
+    assert (tmp_path / "runs/z/log.csv").read_bytes() == (tmp_path / "o/log.csv").read_bytes()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(call, latents, monkeypatch):
+    """Or a power cut could leave the new name with none of its content."""
+    done, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), done.append("on disk"))[0])
+    monkeypatch.setattr(os, "replace", lambda a, b: (rename(a, b), done.append(Path(b).name))[0])
+    assert call(train, *latents)[0] == 0
+    assert done[done.index("ckpt.pt") - 1] == "on disk" and done.count("ckpt.pt") == done.count("on disk") == 3
 
 
 @pytest.mark.parametrize("out", ["/proc/none", "file/x", "file"])
@@ -203,39 +260,48 @@ def test_a_folder_that_cannot_be_written(call, latents, tmp_path, out):
     assert status == 2 and out in one_line(err)
 
 
-@pytest.mark.parametrize(("broken", "every", "step"), [("loss", 50, 4), ("loss", 1, 3), ("gradient", 50, 4)])
+@pytest.mark.parametrize(
+    ("broken", "every", "step"),
+    [("error", 50, 4), ("error", 1, 3), ("loss", 50, 4), ("loss", 1, 3), ("gradient", 50, 4)],
+)
 def test_broken_numbers_stop_the_run_and_are_not_saved(call, latents, tmp_path, monkeypatch, broken, every, step):
-    """A loss that is not finite from step 3 on is seen at the next log line or save; a gradient, at the save."""
-    loss, clip, count = train.training_loss, torch.nn.utils.clip_grad_norm_, []
+    """What is not finite from step 3 or 4 on is seen at the next log line or save."""
+    training_loss, clip, calls = train.training_loss, torch.nn.utils.clip_grad_norm_, []
 
-    def bad_loss(*args, **kwargs):
-        count.append(1)
-        value, errors = loss(*args, **kwargs)
-        return value, errors * (float("inf") if len(count) >= 3 else 1)
+    def bad_loss(*args):
+        calls.append(1)
+        loss, error = training_loss(*args)
+        bad = float("nan") if len(calls) >= 3 else 1
+        return (loss, error * bad) if broken == "error" else (loss * bad, error)
 
     def bad_gradient(parameters, norm):
         parameters = list(parameters)
-        count.append(1)
-        if len(count) == 4:
+        calls.append(1)
+        if len(calls) == 4:
             parameters[7].grad[0] = float("nan")
         return clip(parameters, norm)
 
-    if broken == "loss":
-        monkeypatch.setattr(train, "training_loss", bad_loss)
-    else:
+    if broken == "gradient":
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", bad_gradient)
+    else:
+        monkeypatch.setattr(train, "training_loss", bad_loss)
     monkeypatch.setattr(train.Log, "EVERY", every)
     status, _, err = call(train, *latents)
-    assert status == 1 and f"at step {step}; the last good checkpoint is runs/z/ckpt.pt" in one_line(err)
+    assert status == 1 and f"at step {step}: the last good checkpoint is runs/z/ckpt.pt" in one_line(err)
     state = torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)
-    assert state["step"] == 2 and all(x.isfinite().all() for k, x in state["model"].items() if k != "z_max")
+    assert state["step"] == 2 and all(x.isfinite().all() for part in ("model", "ema") for x in state[part].values())
+    assert "nan" not in (tmp_path / "runs/z/log.csv").read_text()
 
 
-def test_too_large_a_batch_is_named(tmp_path):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9, 3 * 10**9))\nsys.exit("
-    process = start(tmp_path, "--batch", 2**14, "--steps", 1, program=PROGRAM.replace("sys.exit(", limit))
-    _, err = process.communicate()
-    assert process.returncode == 2 and "out of memory: use a smaller --batch" in one_line(err)
+def no_memory():
+    raise torch.OutOfMemoryError("as a GPU's allocator says it")
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: np.empty(2**50), no_memory])
+def test_too_large_a_batch_is_named(call, latents, monkeypatch, allocate):
+    monkeypatch.setattr(train, "training_loss", lambda *_: allocate())
+    status, _, err = call(train, *latents)
+    assert status == 2 and "out of memory: use a smaller --batch" in one_line(err)
 
 
 # --- Checkpoints that are wrong -------------------------------------------------------
@@ -250,12 +316,20 @@ def without(state, key):
     return {k: v for k, v in state.items() if k != key}
 
 
+def flip(path, tensor):
+    """Change one bit of a tensor in the file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(tensor.numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
 def in_config(state, **change):
     return {**state, "config": {**state["config"], **change}}
 
 
 WRONG = {  # name: (what is made of a good checkpoint, what the line says)
     "other file": (lambda path, state: path.write_bytes(b"junk"), "is no checkpoint"),
+    "one bit": (lambda path, state: flip(path, state["ema"]["embed.0.weight"]), "a checksum is wrong"),
     "empty": (lambda path, state: path.write_bytes(b""), "damaged"),
     "truncated": (lambda path, state: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "damaged"),
     "code": (lambda path, state: torch.save({**state, "model": Bomb()}, path), "code, which is not run"),
@@ -264,6 +338,7 @@ WRONG = {  # name: (what is made of a good checkpoint, what the line says)
     "other program": (lambda path, state: torch.save({"model": state["model"]}, path), "is no checkpoint"),
     "older format": (lambda path, state: torch.save(without(state, "format"), path), "format"),
     "newer format": (lambda path, state: torch.save({**state, "format": 99}, path), "has format 99"),
+    "other settings": (lambda path, state: torch.save({**state, "config": {}}, path), "is no checkpoint"),
     "no tokenizers": (lambda path, state: torch.save(without(state, "tokenizers"), path), "tokenizers"),
     "odd preset": (lambda path, state: torch.save(in_config(state, preset="huge"), path), "huge"),
     "half of the weights": (
@@ -286,22 +361,33 @@ def test_a_wrong_checkpoint_gets_one_line(call, latents, tmp_path, name):
     assert not (tmp_path / "ran").exists() and path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--optimizer", "adamw"), "with --optimizer muon, not adamw"),
-        (("--data", "other.npz"), "with --data z.npz, not other.npz"),
-        (("--seed", 5), "with --seed 0, not 5"),
-        (("--steps", 5), "with --steps 4, not 5"),
-    ],
-)
-def test_another_command_into_the_same_folder_is_refused(call, latents, tmp_path, flags, message):
+OTHER = {"data": "other.npz", "preset": "clips", "mixture": "pm", "prediction": "v", "batch": 8, "steps": 5,
+         "optimizer": "adamw", "lr": 0.5, "warmup": 7, "ema": 0.5, "dtype": "bf16", "seed": 5}  # fmt: skip
+FORMAT = {"fps": 9, "size": 96, "sample_rate": 16000}
+
+
+def test_another_command_into_the_same_folder_is_refused(call, latents, tmp_path):
+    """Every setting but those in FREE."""
     latents_file(tmp_path / "other.npz")
     assert call(train, *latents)[0] == 0
-    before = (tmp_path / "runs/z/ckpt.pt").read_bytes()
-    status, _, err = call(train, *latents, *flags)
-    assert status == 2 and message in one_line(err) and "use another --out" in err
-    assert (tmp_path / "runs/z/ckpt.pt").read_bytes() == before
+    path = tmp_path / "runs/z/ckpt.pt"
+    before, state = path.read_bytes(), torch.load(path, weights_only=True)
+    for name, value in OTHER.items():
+        status, _, err = call(train, *latents, "--" + name, value)
+        message = f"runs/z/ckpt.pt is of a run with --{name} {state['config'][name]}, not {value}: use another --out"
+        assert status == 2 and one_line(err) == f"train.py: {message}" and path.read_bytes() == before
+    assert {*OTHER, *FORMAT, *train.FREE} == {*state["config"]}
+
+
+@pytest.mark.parametrize("name", FORMAT)
+def test_clips_in_another_format_are_refused(call, latents, tmp_path, name):
+    """Only a folder of clips has a choice of format: here the checkpoint is what differs."""
+    assert call(train, *latents)[0] == 0
+    path = tmp_path / "runs/z/ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(in_config(state, **{name: FORMAT[name]}), path)
+    status, _, err = call(train, *latents)
+    assert status == 2 and f"with --{name.replace('_', '-')} {FORMAT[name]}, not " in one_line(err)
 
 
 def test_other_modalities_into_the_same_folder_are_refused(call, latents, tmp_path):
@@ -311,30 +397,21 @@ def test_other_modalities_into_the_same_folder_are_refused(call, latents, tmp_pa
     assert status == 2 and "on other modalities" in one_line(err)
 
 
-def test_changed_data_are_refused(call, latents, tmp_path):
-    """The same path, other content: one number of one clip, their order, one clip more. The file itself may move."""
-    assert call(train, *latents, "--save-every", 1)[0] == 0
-    path, state = tmp_path / "runs/z/ckpt.pt", torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)
-    rng = np.random.default_rng(0)
-    video, audio = 3 * rng.standard_normal((12, 3, 2, 2, 4)) + 1, rng.standard_normal((12, 6, 5))  # as latents_file has
-    other = audio.copy()
-    other[7, 3, 2] += 1
-    more = {"video": np.concatenate([video, video[:2]]), "audio": np.concatenate([audio, audio[:2]])}
-    torch.save({**state, "step": 3}, path)
-    for change in ({"audio": other}, {"video": video[::-1], "audio": audio[::-1]}, more):
-        latents_file(tmp_path / "z.npz", **change)
-        status, _, err = call(train, *latents)
-        assert (
-            status == 2 and "is of a run on 10 clips" in err and "are not the same" in one_line(err.split("\n", 0)[-1])
-        )
-    latents_file(tmp_path / "z.npz", audio=audio * (1 + 1e-6))  # the rounding of another machine
+def test_more_clips_are_refused(call, latents, tmp_path):
+    """The same path with other content. A run that is unfinished must not go on with other batches."""
+    with np.load(tmp_path / "z.npz") as file:
+        more = {name: np.concatenate([file[name], file[name][:2]]) for name in ("video", "audio")}
     assert call(train, *latents)[0] == 0
-
-
-def test_constant_data_are_named(call, latents, tmp_path):
-    latents_file(tmp_path / "z.npz", audio=np.full((12, 6, 5), 4.0))
+    before = (tmp_path / "runs/z/ckpt.pt").read_bytes()
+    latents_file(tmp_path / "z.npz", **more)
     status, _, err = call(train, *latents)
-    assert status == 0 and one_line(err) == "audio is the same in all clips: there is nothing to learn of it"
+    assert status == 2 and one_line(err) == "train.py: runs/z/ckpt.pt is of a run on 10 clips, not 12"
+    assert (tmp_path / "runs/z/ckpt.pt").read_bytes() == before
+
+
+def test_constant_data_break_nothing(call, latents, tmp_path):
+    latents_file(tmp_path / "z.npz", audio=np.full((12, 6, 5), 4.0))
+    assert call(train, *latents)[0] == 0
     state = torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)
     assert all(x.isfinite().all() for x in state["model"].values())
 
@@ -370,4 +447,8 @@ def test_every_flag_refuses_nonsense(call, latents, monkeypatch, script):
         tried.add(flag.split("=")[0])
     free = {train: "--data --mixture --out", sample: "--ckpt --given --input --guidance-drop --out"}[script]
     words = {action.option_strings[-1] for action in parsers[0]._actions} - tried
-    assert words == {*free.split()}  # these take any text; see MISTAKES in test_scripts.py
+    assert words == {*free.split()}  # these take any text; see MISTAKES in test_train.py and test_sample.py
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -2,9 +2,12 @@
 
 import math
 import re
+import runpy
 from dataclasses import FrozenInstanceError
+from itertools import pairwise
 from pathlib import Path
 
+import baselines
 import numpy as np
 import pytest
 import torch
@@ -22,6 +25,7 @@ from avdit import (
     sample_timesteps,
     task_mask,
 )
+from train import RECIPES
 
 TOY = Layout(avdit.PRESETS["toy"].modalities)
 # Three modalities of different lengths, widths and grids; the third has segments that straddle the reference's.
@@ -31,8 +35,18 @@ TOUCH = Modality("touch", (2,), 3, (0, 0.2, 0.9, 1.3, 1.5))
 THREE = Layout([VIDEO, AUDIO, TOUCH])
 
 
+def segments(layout):
+    """(E,): the segment of each element, one element at a time."""
+    owners, n = [], 0
+    for m in layout.modalities:
+        for _ in range(m.N):
+            owners += [n] * (math.prod(m.grid) * m.channels)
+            n += 1
+    return torch.tensor(owners)
+
+
 def randomized(model, seed=0):
-    """At initialisation the residual branches are zero and a test would see nothing: draw every parameter anew."""
+    """Draw every parameter anew. A fresh model's residual branches are zero, so a test would see nothing of them."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -52,18 +66,24 @@ def alpha_bar():
     return np.array(out)
 
 
-def test_every_equation_and_algorithm_has_its_tag():
-    """A tag such as [Eq. 8 to 12] or [Alg. 3, Alg. 4, Eq. 7] counts for each. The legend at the top does not count."""
-    text, found = Path(avdit.__file__).read_text(encoding="utf-8").split('"""', 2)[2], set()
+def tags(module):
+    """All tags of a file. [Eq. 8 to 12] or [Alg. 3, Alg. 4, Eq. 7] counts for each part. A module's first docstring may
+    have examples of tags, which do not count."""
+    text, found = Path(module.__file__).read_text(encoding="utf-8").split('"""', 2)[2], set()
     number = r"(?:[A-F]|\d+)(?:\.\d+)?\b"
     for tag in re.findall(r"\[((?:Eq|Alg|Sec|App)\. [^]]+)\]", text):
         for kind, numbers in re.findall(rf"(Eq|Alg|Sec|App)\. ({number}(?:(?:, | to ){number})*)", tag):
             for part in numbers.split(", "):
                 first, _, last = part.partition(" to ")
                 found |= {f"{kind}. {n}" for n in (range(int(first), int(last) + 1) if last else [first])}
-    wanted = [f"Eq. {n}" for n in range(3, 18)] + [f"Alg. {n}" for n in range(1, 5)]
-    wanted += ["Sec. 3.1", "Sec. 3.2", "Sec. 3.3", "Sec. 4", "App. B", "App. C.2", "App. E"]
-    assert set(wanted) <= found, set(wanted) - found
+    return found
+
+
+def test_every_equation_and_algorithm_has_its_tag():
+    wanted = {f"Eq. {n}" for n in (*range(1, 8), *range(13, 18))} | {f"Alg. {n}" for n in range(1, 5)}
+    wanted |= {"Sec. 2", "Sec. 3.1", "Sec. 3.2", "Sec. 3.3", "Sec. 4", "Sec. 6.2", "App. B", "App. E", "App. F"}
+    missing = (wanted - tags(avdit)) | ({"App. C.2", *(f"Eq. {n}" for n in range(8, 13))} - tags(baselines))
+    assert not missing
 
 
 # --- Where things lie -------------------------------------------------------------------------------------------------
@@ -71,9 +91,9 @@ def test_every_equation_and_algorithm_has_its_tag():
 
 def test_layout_by_hand():
     assert (THREE.S, THREE.E) == (3 + 18 + 4, 3 * 6 * 4 + 18 * 5 + 4 * 2 * 3)
-    assert (THREE.names, THREE.lengths, THREE.tokens) == (["video", "audio", "touch"], [3, 18, 4], [18, 18, 8])
-    assert THREE.sizes.tolist() == [24] * 3 + [5] * 18 + [6] * 4
-    assert THREE.segment.tolist() == [n for n, size in enumerate([24] * 3 + [5] * 18 + [6] * 4) for _ in range(size)]
+    assert (THREE.names, THREE.lengths, THREE.sizes) == (["video", "audio", "touch"], [3, 18, 4], [72, 90, 24])
+    assert [(m.N, m.P, m.shape) for m in THREE.modalities] == [
+        (3, 6, (3, 2, 3, 4)), (18, 1, (18, 5)), (4, 2, (4, 2, 3))]  # fmt: skip
     assert THREE.first.tolist() == [0] * 3 + [3] * 18 + [21] * 4
     edges = [m.edges for m in (VIDEO, AUDIO, TOUCH)]
     assert THREE.starts.tolist() == [x for e in edges for x in e[:-1]]
@@ -98,21 +118,21 @@ def test_packed_latents_run_modality_by_modality_segment_by_segment(layout):
 
 
 @pytest.mark.parametrize("layout", [TOY, THREE])
-def test_segments_and_their_elements(layout):
-    """per_element and per_segment, element by element; split."""
-    x, z = torch.rand(2, layout.S), latents(layout, 2)
-    spread, means = layout.per_element(x), layout.per_segment(z)
-    assert spread.shape == (2, layout.E) and means.shape == (2, layout.S)
-    e, owners = 0, [m for m in layout.modalities for _ in range(m.N)]
-    for s, m in enumerate(owners):
-        size = m.channels * math.prod(m.grid)
-        for b in range(2):
-            assert spread[b, e : e + size].tolist() == [x[b, s].item()] * size
-            assert means[b, s].item() == pytest.approx(sum(z[b, e : e + size].tolist()) / size, abs=1e-6)
-        e += size
-    assert e == layout.E
-    for other in (x > 0.5, (9 * x).long(), x[0], x[None]):  # of any kind, and with any axes in front
-        assert torch.equal(layout.per_element(other), other[..., layout.segment])
+def test_segments_have_tokens_and_elements(layout):
+    """per_token and per_element, one by one, and split."""
+    x, owners = torch.rand(2, layout.S), [m for m in layout.modalities for _ in range(m.N)]
+    rows, values = torch.rand(2, layout.S, 3), layout.per_element(x)
+    tokens, place, element = layout.per_token(rows), 0, 0
+    for n, m in enumerate(owners):
+        for _ in range(math.prod(m.grid)):
+            assert torch.equal(tokens[:, place], rows[:, n])
+            place += 1
+            for _ in range(m.channels):
+                assert torch.equal(values[:, element], x[:, n])
+                element += 1
+    assert tokens.shape == (2, place, 3) and values.shape == (2, element) == (2, layout.E)
+    for other in (x > 0.5, (9 * x).long(), x[0], x[None]):  # any dtype, any axes in front
+        assert torch.equal(layout.per_element(other), other[..., segments(layout)])
     for y in (x, x[0]):
         assert torch.equal(torch.cat(list(layout.split(y).values()), -1), y)
         assert {k: v.shape[-1] for k, v in layout.split(y).items()} == {m.name: m.N for m in layout.modalities}
@@ -149,11 +169,13 @@ def test_coincident():
 
 def test_schedule():
     truth, schedule = alpha_bar(), NoiseSchedule()
-    assert schedule.alpha_bar.shape == (1001,) and schedule.alpha_bar[0] == 1
-    np.testing.assert_allclose(schedule.alpha_bar.numpy(), truth, rtol=2e-7)
+    assert schedule.T == 1000 and schedule.a.shape == schedule.s.shape == (1001,)
+    assert schedule.a[0] == 1 and schedule.s[0] == 0  # t = 0 is exactly clean
     np.testing.assert_allclose(schedule.a.numpy(), np.sqrt(truth), rtol=2e-7)
     np.testing.assert_allclose(schedule.s.numpy(), np.sqrt(1 - truth), rtol=2e-7)
     assert abs(math.sqrt(truth[1000]) - 0.00635) < 1e-5  # the signal that is left at T
+    own = NoiseSchedule(4, 0.1, 0.4)
+    np.testing.assert_allclose(own.a.numpy() ** 2, np.cumprod([1, 0.9, 0.8, 0.7, 0.6]), rtol=1e-6)
 
 
 def ptm_timesteps(layout, batch, T=1000):
@@ -164,41 +186,40 @@ def ptm_timesteps(layout, batch, T=1000):
     return t
 
 
-@pytest.mark.parametrize("prediction", [*PREDICTIONS, None])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_noise_is_eq_5_and_estimates_invert_the_target(prediction):
-    """Every segment at its own level. A model without .prediction predicts eps."""
+    """Every segment has its own noise level."""
     truth, schedule, t = torch.tensor(alpha_bar()), NoiseSchedule(), ptm_timesteps(THREE, 3, 700)
     z0, eps = (latents(THREE, 3, seed, torch.float64) for seed in (1, 2))
     a, s = schedule.scales(THREE, t)
     z = a * z0 + s * eps
-    v = torch.zeros_like(z)
+    v, owner = torch.zeros_like(z), segments(THREE)
     for b in range(3):
         for e in range(THREE.E):
-            ab = truth[t[b, THREE.segment[e]]]
+            ab = truth[t[b, owner[e]]]
             want = math.sqrt(ab) * z0[b, e] + math.sqrt(1 - ab) * eps[b, e]
             assert abs(z[b, e] - want) < 1e-6
             v[b, e] = math.sqrt(ab) * eps[b, e] - math.sqrt(1 - ab) * z0[b, e]
-    clean = (t == 0)[:, THREE.segment]
-    model = lambda *_: {"v": v, "z0": z0 + 9 * clean}.get(prediction, eps)  # z0 of what is given need not be right
-    if prediction:
-        model.prediction = prediction
+    clean = (t == 0)[:, owner]
+    model = lambda *_: {"eps": eps, "v": v, "z0": z0 + 9 * clean}[prediction]  # z0 may be wrong where it is given
+    model.prediction = prediction
     z0_hat, eps_hat = predict(model, schedule, THREE, z, t)
     torch.testing.assert_close(z0_hat, z0, atol=1e-4, rtol=1e-4)
-    known = clean if prediction == "z0" else torch.zeros_like(clean)  # where there is no noise, z0 tells nothing of it
-    torch.testing.assert_close(eps_hat, torch.where(known, 0, eps), atol=1e-4, rtol=1e-4)
-    assert clean.any() and torch.equal(z[clean], z0[clean])  # t = 0 is no noise at all,
-    assert torch.equal(z0_hat[clean], z[clean])  # and there is nothing to estimate
+    unknown = clean if prediction == "z0" else torch.zeros_like(clean)  # without noise, z0 tells nothing about eps
+    torch.testing.assert_close(eps_hat, torch.where(unknown, 0, eps), atol=1e-4, rtol=1e-4)
+    assert clean.any() and torch.equal(z[clean], z0[clean])  # t = 0 means no noise at all,
+    assert torch.equal(z0_hat[clean], z[clean])  # and the estimate is z itself
 
 
 # --- The timestep vector ----------------------------------------------------------------------------------------------
 
 
-def strategy_of(t, places):
-    """Which strategy drew this timestep vector of THREE, a list; places: slow_coincident(THREE)."""
-    parts = [set(t[:3]), set(t[3:21]), set(t[21:])]
+def strategy_of(t, layout):
+    """The strategy that drew this timestep vector, a list."""
+    parts = [set(t[first : first + n]) for first, n in zip(np.cumsum([0, *layout.lengths]), layout.lengths)]
     if all(len(part) == 1 for part in parts):
         return "vanilla" if len(set(t)) == 1 else "pm"
-    return "pt" if t == [t[n] for n in places] else "ptm"
+    return "pt" if t == [t[n] for n in slow_coincident(layout)] else "ptm"
 
 
 @pytest.mark.parametrize(
@@ -218,8 +239,7 @@ def test_mixture_frequencies_and_equalities(mixture, shares):
     n = 4000
     t = sample_timesteps(mixture, THREE, n, 1000, torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64 and t.shape == (n, THREE.S) and t.min() >= 1 and t.max() <= 1000
-    places = slow_coincident(THREE)
-    found = [strategy_of(row, places) for row in t.tolist()]  # one example, one strategy
+    found = [strategy_of(row, THREE) for row in t.tolist()]  # one strategy per example
     for strategy in STRATEGIES:
         share = shares.get(strategy, 0)
         assert abs(found.count(strategy) / n - share) <= 4 * math.sqrt(share * (1 - share) / n) + 1e-9, strategy
@@ -238,8 +258,7 @@ def test_a_new_strategy_is_one_function_and_its_name(monkeypatch):
     assert all(is_later(t) for t in draw("later").tolist())
     found = [is_later(t) for t in draw("later+ptm+pm+later").tolist()]
     assert abs(sum(found) / 2000 - 1 / 2) < 4 * math.sqrt(1 / 4 / 2000)
-    places = slow_coincident(THREE)
-    assert {strategy_of(t, places) for t, new in zip(draw("later+pm").tolist(), found) if not new} == {"ptm", "pm"}
+    assert {strategy_of(t, THREE) for t, new in zip(draw("later+pm").tolist(), found) if not new} == {"ptm", "pm"}
     assert torch.equal(draw("monl"), before) and set(MONL) == {"vanilla", "pt", "pm", "ptm"}
     assert not any(is_later(t) for t in before.tolist())
     with pytest.raises(ValueError, match="use monl, .*, task:continue-2s, later"):
@@ -283,7 +302,7 @@ def test_a_wrong_mixture_names_the_valid(mixture):
 
 
 def slow_forward(model, modalities, z, t, z0_prev):
-    """AVDiT one example and one token at a time, with the modulation computed anew for every token [Sec. 4]."""
+    """AVDiT [Sec. 4] for one example and one token at a time. Each token computes its own modulation."""
     d, heads, result = model.dim, model.blocks[0].heads, []
 
     def sinusoid(x):
@@ -309,7 +328,8 @@ def slow_forward(model, modalities, z, t, z0_prev):
             for n in range(m.N):
                 place = model.time[m.name][n] + model.space[m.name].mean(0)
                 for p in range(m.P):
-                    both = torch.cat([z[b, e : e + m.channels], z0_prev[b, e : e + m.channels]])
+                    estimate = [max(-10, min(10, x)) for x in z0_prev[b, e : e + m.channels].tolist()]
+                    both = torch.cat([z[b, e : e + m.channels], torch.tensor(estimate, dtype=z.dtype)])
                     x.append(model.project_in[m.name](both) + model.time[m.name][n] + model.space[m.name][p])
                     c.append(embed(model.embed, torch.cat([sinusoid(t[b, s].item()), place])))
                     names.append(m.name)
@@ -322,7 +342,8 @@ def slow_forward(model, modalities, z, t, z0_prev):
             for i in range(len(x)):
                 mixed = []
                 for j in range(heads):
-                    weight = (k[:, j] @ q[i, j] / math.sqrt(d // heads)).softmax(0)
+                    keys = torch.stack([norm(key) for key in k[:, j]])
+                    weight = (keys @ norm(q[i, j]) / math.sqrt(d // heads)).softmax(0)
                     mixed.append(weight @ v[:, j])
                 x[i] = x[i] + block.attend(torch.cat(mixed))
             x = [xi + mlp(block.mlp, norm(xi) * (1 + scale) + shift) for xi, (_, _, shift, scale) in zip(x, ada)]
@@ -332,53 +353,55 @@ def slow_forward(model, modalities, z, t, z0_prev):
     return torch.cat(result).reshape(z.shape)
 
 
-def test_attention_in_bf16_is_float32_where_a_cpu_has_few_tokens(monkeypatch):
-    """For speed; what comes out is attention either way, written out here."""
-    seen, fused = [], torch.nn.functional.scaled_dot_product_attention
-    spy = lambda q, k, v: (seen.append(q.dtype), fused(q, k, v))[1]
-    monkeypatch.setattr(avdit.F, "scaled_dot_product_attention", spy)
-    g = torch.Generator().manual_seed(0)
-    for tokens, dtype in ((511, torch.float32), (512, torch.bfloat16)):
-        q, k, v = torch.randn(3, 1, 2, tokens, 8, generator=g).bfloat16()
-        with torch.autocast("cpu", torch.bfloat16):
-            out = avdit.attention(q, k, v)
-        want = (q.float() @ k.float().mT / math.sqrt(8)).softmax(-1) @ v.float()
-        assert out.dtype == seen[-1] == dtype
-        torch.testing.assert_close(out.float(), want, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
-
-
 def test_network_equals_its_slow_form():
     model = randomized(AVDiT(THREE, 16, 2, 2)).double()
     z, prev = (latents(THREE, 2, seed, torch.float64) for seed in (1, 2))
     t = ptm_timesteps(THREE, 2)
     with torch.no_grad():
-        slow = slow_forward(model, [VIDEO, AUDIO, TOUCH], z, t, prev)
-        torch.testing.assert_close(model(z, t, prev), slow, atol=1e-4, rtol=1e-4)  # float32 angles to 1000
+        slow = slow_forward(model, [VIDEO, AUDIO, TOUCH], z, t, 8 * prev)  # some of it beyond the clamp
+        torch.testing.assert_close(model(z, t, 8 * prev), slow, atol=1e-4, rtol=1e-4)  # float32 angles to 1000
         assert torch.equal(model(z, t), model(z, t, torch.zeros_like(z)))
 
 
-def test_z_max_bounds_what_self_conditioning_shows_and_nothing_else():
-    """It is infinite until set, has a bound for each element, and travels with the weights. What is given, t = 0, is
-    shown as it is."""
-    free, bounded = (randomized(AVDiT(THREE, 16, 2, 2)) for _ in "ab")
-    assert free.z_max.shape == (THREE.E,) and (free.state_dict()["z_max"] == math.inf).all()
-    bounded.z_max.copy_(0.2 + torch.rand(THREE.E, generator=torch.Generator().manual_seed(0)))
-    t, z, prev = ptm_timesteps(THREE, 2), 9 * latents(THREE, 2, 1), 9 * latents(THREE, 2, 2)
-    at_bound = prev.clone()
-    for b in range(2):
-        for e, bound in enumerate(bounded.z_max.tolist()):
-            if t[b, THREE.segment[e]] > 0:
-                at_bound[b, e] = max(-bound, min(bound, prev[b, e].item()))
+def test_the_estimate_is_clamped_and_nothing_else():
+    model, t = randomized(AVDiT(THREE, 16, 2, 2)), ptm_timesteps(THREE, 2)
+    z, prev = 20 * latents(THREE, 2, 1), 20 * latents(THREE, 2, 2)
+    at_bound = torch.tensor([[max(-10.0, min(10.0, x)) for x in row] for row in prev.tolist()])
     with torch.no_grad():
-        assert torch.equal(bounded(z, t, prev), free(z, t, at_bound))
-        assert torch.equal(bounded(z, t, prev / 9e3), free(z, t, prev / 9e3)) and torch.equal(bounded(z, t), free(z, t))
-        assert not torch.allclose(free(z, t, prev), free(z, t, at_bound), atol=0.1)
+        assert torch.equal(model(z, t, prev), model(z, t, at_bound))
+        assert not torch.allclose(model(z, t, prev), model(z, t, 0.99 * at_bound), atol=0.01)  # 10 itself gets through
+        assert not torch.allclose(model(z, t, prev), model(z.clamp(-10, 10), t, prev), atol=0.1)
+
+
+def test_queries_and_keys_are_normalised():
+    """Their scale changes nothing, and the values' scale does. There are no parameters for it."""
+    model = randomized(AVDiT(THREE, 16, 1, 2))
+    z, t = latents(THREE, 2), ptm_timesteps(THREE, 2)
+    weight = model.blocks[0].qkv.weight
+    with torch.no_grad():
+        before = model(z, t)
+        for rows, same in ((slice(16), True), (slice(16, 32), True), (slice(32, 48), False)):
+            weight[rows] *= 50
+            assert torch.allclose(model(z, t), before, atol=1e-2) == same
+            weight[rows] /= 50
+
+
+def test_bf16_stays_bf16_between_the_blocks():
+    """Position embeddings are float32 parameters. Added as such, they would make all later sums float32."""
+    model, seen = randomized(AVDiT(THREE, 16, 2, 2)), []
+    for module in (*model.blocks, model.norm):
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    z, t = latents(THREE, 2), ptm_timesteps(THREE, 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(z, t)
+    assert seen == [torch.bfloat16] * 3
 
 
 def test_a_fresh_network():
-    """It predicts zero, its layers change nothing, and it knows when and where a token lies."""
+    """It predicts zero and its layers change nothing. Position embeddings tell when and where a token lies."""
     torch.manual_seed(0)
     model = AVDiT(THREE, 32, 2, 2)
+    assert model.prediction == "eps"
     assert (model(latents(THREE, 2), ptm_timesteps(THREE, 2)) == 0).all()
     x, cond = torch.randn(2, 3 * 6 + 18 + 4 * 2, 32), torch.randn(2, THREE.S, 32)
     assert torch.equal(model.blocks[0](x, cond, THREE), x)
@@ -391,21 +414,8 @@ def test_a_fresh_network():
     assert abs(torch.cat([x.flatten() for x in model.space.values()]).std() - 0.5) < 0.08
 
 
-def test_heads_start_by_looking_a_little_away():
-    """On positions in time alone, over many random weights of variance 1 / (3 d): 125 ms to either side of a token."""
-    torch.manual_seed(0)
-    model, now, times = AVDiT(THREE, 32, 400, 2, reach=250), torch.tensor([1000.0]), torch.arange(500, 1501, 5)
-    weights = torch.stack([block.qkv.weight.view(3, 2, 16, 32) for block in model.blocks]).detach()
-    query, key, _ = weights.unbind(1)  # (blocks, heads, 16, 32)
-    score = (avdit.sinusoid(now, 32) @ query.mT) @ (avdit.sinusoid(times, 32) @ key.mT).mT
-    for away, found in zip((-125, 125), score.mean(0)[:, 0]):
-        want = 2 * 16 / (3 * 32) * (avdit.sinusoid(times - 1000.0, 32) @ avdit.sinusoid(torch.tensor([away]), 32)[0])
-        assert abs(times[want.argmax()] - 1000 - away) <= 5
-        torch.testing.assert_close(found, want, atol=0.3, rtol=0)
-
-
 def test_a_segment_reaches_others_through_attention_alone():
-    z, t = latents(THREE, 1), ptm_timesteps(THREE, 2)[:1]
+    z, t, owner = latents(THREE, 1), ptm_timesteps(THREE, 2)[:1], segments(THREE)
     for attention in (True, False):
         model = randomized(AVDiT(THREE, 16, 2, 2))
         if not attention:
@@ -414,12 +424,12 @@ def test_a_segment_reaches_others_through_attention_alone():
         for change in ("z", "t"):
             z2, t2, n = z.clone(), t.clone(), 3 + 7
             if change == "z":
-                z2[:, THREE.segment == n] += 1
+                z2[:, owner == n] += 1
             else:
                 t2[:, n] = 1001 - t2[:, n]
             with torch.no_grad():
                 differs = (model(z, t) != model(z2, t2))[0]
-            changed = [differs[THREE.segment == s].any().item() for s in range(THREE.S)]
+            changed = [differs[owner == s].any().item() for s in range(THREE.S)]
             assert changed == [attention or s == n for s in range(THREE.S)]
 
 
@@ -433,28 +443,31 @@ def test_order_of_modalities_does_not_matter():
         torch.testing.assert_close(turn(out, 24, 90, 72), model(z, t), atol=1e-5, rtol=1e-5)
 
 
+def parameters(dim, depth, modalities):
+    """Weights and biases, counted from the text of Sec. 4."""
+    layer = (3 + 1 + 4 + 4 + 4) * dim * dim + (1 + 4 + 1 + 4) * dim  # q k v without bias, out, MLP up and down, AdaLN
+    around = 3 * dim * dim + 2 * dim + 2 * dim * dim + 2 * dim  # the MLP of the timestep vector, the last AdaLN
+    ends = sum(2 * m.channels * dim + dim + dim * m.channels + m.channels for m in modalities)  # beside the estimate
+    positions = sum((len(m.edges) - 1 + math.prod(m.grid)) * dim for m in modalities)
+    return depth * layer + around + ends + positions
+
+
 def test_the_paper_preset_has_the_stated_size():
     preset = avdit.PRESETS["paper"]
     layout = Layout(preset.modalities)
     with torch.device("meta"):
         size = sum(p.numel() for p in preset.model(layout).parameters())
     assert 410e6 < size < 420e6  # the paper says 420 M
-    d = 1024
-    # a layer: q k v without bias; with it out, MLP up and down, scales and shifts
-    layers = 24 * ((3 + 1 + 4 + 4 + 4) * d * d + (1 + 4 + 1 + 4) * d)
-    around = 3 * d * d + 2 * d + 2 * d * d + 2 * d  # the timestep's MLP, the last scale and shift
-    ends = sum(2 * c * d + d + d * c + c for c in (8, 1024))  # into the transformer, beside the estimate, and out
-    positions = (5 + 256 + 106 + 1) * d
-    assert size == layers + around + ends + positions
+    assert size == parameters(1024, 24, preset.modalities)
     assert {m.name: m.shape for m in layout.modalities} == {"video": (5, 16, 16, 8), "audio": (106, 1024)}
 
 
 def test_the_paper_preset_is_app_b():
-    """17 frames at 8 a second; 16 kHz sound, 320 samples a segment (r_ta)."""
-    p = avdit.PRESETS["paper"]
-    assert (p.dim, p.depth, p.heads, p.prediction, p.noise_power) == (1024, 24, 16, "eps", 0)
-    assert (p.batch, p.steps, p.lr, p.warmup) == (256, 400_000, 5e-4, 5000)
-    assert (p.sampler, p.sampling_steps) == ("ddim", 250) and p.ema == 0.9999
+    """17 frames at 8 Hz; 16 kHz sound with 320 samples per segment (r_ta)."""
+    p, recipe = avdit.PRESETS["paper"], RECIPES["paper"]
+    assert (p.dim, p.depth, p.heads, p.prediction) == (1024, 24, 16, "eps")
+    assert (recipe["batch"], recipe["steps"], recipe["lr"], recipe["warmup"]) == (256, 400_000, 5e-4, 5000)
+    assert (recipe["optimizer"], recipe["ema"], p.sampler, p.sampling_steps) == ("adamw", 0.9999, "ddim", 250)
     video, audio = p.modalities
     assert video.edges == (0, 1 / 8, 5 / 8, 9 / 8, 13 / 8, 17 / 8) and video.grid == (16, 16)
     np.testing.assert_allclose(audio.edges, 320 / 16000 * np.arange(107), atol=1e-12)
@@ -467,22 +480,16 @@ def test_a_presets_model_takes_another_layout_and_prediction():
     model = toy.model(THREE, "eps")
     assert model.layout is THREE and model.prediction == "eps" and toy.model(THREE).prediction == "z0"
     assert (model.dim, len(model.blocks), model.blocks[0].heads) == (toy.dim, toy.depth, toy.heads)
-    assert avdit.PRESETS["clips"].model(THREE).peak == 20 and model.peak == AVDiT(THREE, 16, 1, 2).peak == 0
-    weights = []
-    for make in (avdit.PRESETS["clips"].model, lambda layout: AVDiT(layout, 256, 4, 4, "z0", reach=250)):
-        torch.manual_seed(0)
-        weights.append(make(THREE).state_dict())
-    assert all(torch.equal(x, weights[1][key]) for key, x in weights[0].items())
 
 
-@pytest.mark.parametrize(("frames", "use"), [(16, "13 or 17"), (3, "1 or 5"), (18, "17 or 21")])
-def test_frames_that_a_causal_tokenizer_would_drop_are_refused(frames, use):
-    with pytest.raises(ValueError, match=f"{frames} frames are not 1 \\+ 4 k: use {use}"):
+@pytest.mark.parametrize("frames", [16, 3, 18])
+def test_frames_that_a_causal_tokenizer_would_drop_are_refused(frames):
+    with pytest.raises(ValueError, match=f"{frames} frames are not 1 \\+ 4 k"):
         avdit.av_modalities(8, (2, 2), 4, 0.125, 4, frames=frames)
 
 
 def test_wrong_models_are_refused():
-    with pytest.raises(ValueError, match="use eps, v"):
+    with pytest.raises(ValueError, match="unknown prediction 'x0': use eps, v, z0"):
         AVDiT(TOY, 16, 1, 2, "x0")
     with pytest.raises(ValueError, match="divisible"):
         AVDiT(TOY, 16, 1, 3)
@@ -491,3 +498,52 @@ def test_wrong_models_are_refused():
     for settings in (avdit.PRESETS["toy"], VIDEO):  # everybody shares them
         with pytest.raises(FrozenInstanceError):
             settings.grid = settings.dim = 3
+
+
+# --- python avdit.py --------------------------------------------------------------------------------------------------
+
+
+def test_the_tour_draws_the_timestep_vectors(capsys, monkeypatch):
+    """A character stands for 1/32 second and a ninth of the noise levels. The picture of each strategy shows what the
+    strategy is, and the picture of each task shows what the task gives."""
+    seen, original = [], avdit.sample_timesteps
+    monkeypatch.setattr(avdit, "sample_timesteps", lambda *args: seen.append(original(*args)) or seen[-1])
+    avdit.tour()
+    printed = capsys.readouterr().out
+    runpy.run_path(avdit.__file__, run_name="__main__")
+    assert capsys.readouterr().out == printed
+    rows = [re.fullmatch(r"  (.{12}) (video |audio ) \|(.*)\|", line) for line in printed.splitlines()]
+    rows = [(row[1].strip(), row[2].strip(), row[3]) for row in rows if row]
+    names = [*MONL, *avdit.TASKS]
+    assert [row[:2] for row in rows] == [x for name in names for x in ((name, "video"), ("", "audio"))]
+    drawn = {}  # name -> one character per segment
+    for k, (_, modality, picture) in enumerate(rows):
+        edges = [round(32 * edge) for edge in TOY.modalities[TOY.names.index(modality)].edges]
+        row = [picture[start] for start in edges[:-1]]
+        assert picture == "".join(c * (end - start) for c, (start, end) in zip(row, pairwise(edges)))
+        drawn.setdefault(names[k // 2], []).extend(row)
+    for strategy, t in zip(MONL, seen, strict=True):
+        shades = [" .:-=+*#%@".index(c) for c in drawn[strategy]]
+        np.testing.assert_allclose(shades, t[0] * 9 / 1000, atol=1)
+    video, audio = slice(5), slice(5, None)
+    (vanilla,) = set(drawn["vanilla"])
+    assert vanilla not in " @"  # neither clean nor pure noise, so that it shows something
+    assert [len(set(drawn["pm"][m])) for m in (video, audio)] == [1, 1] and len(set(drawn["pm"])) == 2
+    assert drawn["pt"] == [drawn["pt"][n] for n in slow_coincident(TOY)] and len(set(drawn["pt"])) > 2
+    assert len(set(drawn["ptm"][video])) > 2 and strategy_of(drawn["ptm"], TOY) == "ptm"
+    spans = [span for m in TOY.modalities for span in pairwise(m.edges)]
+    given = {
+        "joint": [False] * 22,
+        "a2v": [n >= 5 for n in range(22)],
+        "v2a": [n < 5 for n in range(22)],
+        "inpaint": [end <= 0.125 or start >= 1.625 for start, end in spans],
+        "continue": [end <= 0.625 for _, end in spans],
+        "continue-2s": [end <= 0.125 for _, end in spans],
+    }
+    for task, mask in given.items():
+        assert drawn[task] == [" " if clean else "+" for clean in mask], task
+    for name, preset in avdit.PRESETS.items():
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"preset {name}: "))
+        count = parameters(preset.dim, preset.depth, preset.modalities)
+        assert f"{count / 1e6:.1f} M parameters, {preset.depth} layers, d = {preset.dim}, " in line
+        assert all(f"{m.name} ({m.N}, " in line for m in preset.modalities)

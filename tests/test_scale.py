@@ -1,4 +1,4 @@
-"""train.py on several processes and in parts of a batch: the same batches, losses and weights."""
+"""train.py on several processes and in micro-batches: the same batches, losses and weights."""
 
 import csv
 import os
@@ -10,99 +10,93 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_data import latents_file
-from test_method import TOY
 
-from avdit import AVDiT, NoiseSchedule, loss_weights, sample_timesteps, training_loss
-from train import Log, learning_rate
+from avdit import PRESETS, AVDiT, Layout, NoiseSchedule, sample_timesteps, training_loss
+from train import learning_rate
 
 ROOT = Path(__file__).parents[1]
 LR = 5e-4
+# With a given part, not every example has the same number of elements in its loss.
+FLAGS = ("--preset", "toy", "--lr", LR, "--optimizer", "adamw", "--mixture", "monl+task:a2v", "--warmup", 100)
 
-# train.py with a line in log.csv for every step, and the norm of every step's gradient in a file of its own
+# train.py with a line in log.csv for every step, and the norm of every step's gradient in a file of its own. STOP is the
+# step before which it ends as if by Ctrl-C.
 PROGRAM = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, data, train
-fit = data.Standardize.fit  # another machine may fit the tokenizers otherwise, and must take the first one's
-data.Standardize.fit = lambda self, z: fit(self, z * (1 + int(os.environ.get("RANK", "0"))))
-clip, norms = torch.nn.utils.clip_grad_norm_, []
-torch.nn.utils.clip_grad_norm_ = lambda *args: norms.append(clip(*args).item())
-train.Log.EVERY = 1
-status = train.main()
-print(*norms, file=open("norms" + os.environ.get("RANK", ""), "w"))
-sys.exit(status)
+rank, fit, draw, clip = int(os.environ.get("RANK", 0)), data.Standardize.fit, train.draw, torch.nn.utils.clip_grad_norm_
+norms = open(f"norms{{rank}}", "a", buffering=1)
+
+def drawing(args, step, *more):
+    if step == int(os.environ["STOP"]):
+        raise KeyboardInterrupt
+    return draw(args, step, *more)
+
+def clipping(parameters, most):
+    norm = clip(parameters, most)
+    print(norm.item(), file=norms)
+
+data.Standardize.fit = lambda self, z: fit(self, z * (1 + rank))  # another process must take the first one's fit
+torch.nn.utils.clip_grad_norm_, train.draw, train.Log.EVERY = clipping, drawing, 1
+train.main()
 """
 
 
-def run(folder, *flags, processes=1):
-    """-> losses of all steps by modality and noise level, norms of the gradients, the checkpoint."""
-    folder.mkdir()
+def run(folder, *flags, processes=1, stop=20):
+    """-> the lines of log.csv, norms of the gradients, the checkpoint."""
+    folder.mkdir(exist_ok=True)
     latents_file(folder / "z.npz")
     (folder / "program.py").write_text(PROGRAM)
     many = ("-m", "torch.distributed.run", "--nproc_per_node", processes) if processes > 1 else ()
-    flags = ("--data", "z.npz", "--out", "o", "--steps", 20, "--batch", 8, "--dtype", "fp32", *flags)
-    command = [sys.executable, *map(str, (*many, "program.py", *flags))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = ("--data", "z.npz", "--out", "o", "--steps", 20, "--batch", 8, "--dtype", "fp32", *FLAGS, *flags)
+    command = [sys.executable, *map(str, (*many, "program.py", *flags, "--save-every", 10))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOP": str(stop)}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done: o/ckpt.pt") == 1  # one process speaks for all
+    assert (done.returncode == 0) == (stop == 20), done.stderr
+    assert done.stdout.count("reading z.npz") == 1 and done.stdout.count("done: o/ckpt.pt") == (stop == 20)
+    assert sorted(path.name for path in (folder / "o").iterdir()) == ["ckpt.pt", "log.csv"]
     rows = list(csv.reader((folder / "o/log.csv").open()))[1:]
-    norms = [float(x) for x in (folder / ("norms0" if processes > 1 else "norms")).read_text().split()]
-    return rows, norms, torch.load(folder / "o/ckpt.pt", weights_only=True)
+    norms = [[float(x) for x in (folder / f"norms{rank}").read_text().split()] for rank in range(processes)]
+    assert all(x == norms[0] for x in norms)  # every process has the gradient of the whole batch
+    return rows, norms[0], torch.load(folder / "o/ckpt.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("alone") / "run", *FLAGS)
-
-
-# A preset whose network has a peak, which processes must know; a given part: not every example weighs the same.
-FLAGS = ("--preset", "clips", "--lr", LR, "--optimizer", "adamw", "--mixture", "monl+task:a2v")
-
-
-@pytest.mark.parametrize(("flags", "processes"), [(("--accumulate", 4), 1), (("--accumulate", 2), 2)])
-def test_parts_of_a_batch_add_up_to_the_batch(alone, tmp_path, flags, processes):
-    """Twenty steps in one piece and in parts: losses, gradients, weights.
+def test_parts_of_a_batch_average_to_the_batch(tmp_path):
+    """Twenty steps in whole batches. The same in micro-batches: ten by two processes, then ten by one that goes on.
 
     Sums in another order change a gradient by about r = 1e-6 of its usual size. AdamW turns that into r lr of its step,
     but for gradients below r of the usual size, a share of about r, into any step of up to 2 lr. So on average weights
     may differ by 3 r times the sum of learning rates, each by twice that sum. Half a batch differs by a thousand times.
     """
-    rows, norms, state = run(tmp_path / "run", *FLAGS, *flags, processes=processes)
-    assert len(rows) == len(alone[0]) == 20
-    assert [[x == "" for x in row] for row in rows] == [[x == "" for x in row] for row in alone[0]]
-    assert norms == pytest.approx(alone[1], rel=1e-5)
-    distance = torch.cat([(state["model"][k] - x).abs().flatten() for k, x in alone[2]["model"].items()])
-    how = SimpleNamespace(preset="clips", lr=LR, steps=20)
-    rates = sum(learning_rate(how, step) for step in range(20))
-    losses = max(abs(float(x) - float(y)) for a, b in zip(rows, alone[0]) for x, y in zip(a, b) if x)
-    print(
-        f"\n{processes} processes {flags}: losses differ by {losses:.0e}, weights by {distance.mean():.0e} on average"
-    )
+    rows, norms, alone = run(tmp_path / "alone")
+    two_rows, two_norms, two = run(tmp_path / "parts", "--accumulate", 2, processes=2, stop=10)
+    assert two["step"] == len(two_rows) == len(two_norms) == 10
+    other_rows, other_norms, other = run(tmp_path / "parts", "--accumulate", 4)
+    assert len(rows) == len(other_rows) == 20 and other_rows[:10] == two_rows
+    assert [[x == "" for x in row] for row in rows] == [[x == "" for x in row] for row in other_rows]
+    assert len(norms) == 20 and norms == pytest.approx(other_norms, rel=1e-5)
+    distance = torch.cat([(other["model"][k] - x).abs().flatten() for k, x in alone["model"].items()])
+    rates = sum(learning_rate(SimpleNamespace(warmup=100, lr=LR, steps=20), step) for step in range(20))
+    losses = max(abs(float(x) - float(y)) for a, b in zip(rows, other_rows) for x, y in zip(a, b) if x)
+    print(f"\nlosses differ by {losses:.0e}, weights by {distance.mean():.0e} on average")
     assert losses < 1e-5 and distance.mean() < 3e-6 * rates and distance.max() < 2 * rates
-    assert state["config"] == {**alone[2]["config"], "accumulate": state["config"]["accumulate"]}
+    for state, accumulate in ((two, 2), (other, 4)):
+        assert state["config"] == {**alone["config"], "accumulate": accumulate}
 
 
-def test_a_resumed_log_counts_once(tmp_path):
-    """What was gathered from all processes goes back to the first alone; on a pod, where all hold everything, to all."""
-    for part, share in ((0, 1), (1, 0)):
-        log = Log(tmp_path / "log.csv", TOY, SimpleNamespace(part=part, device="cpu"))
-        log.load_state_dict({"sums": torch.ones(2, TOY.S, 10), "rows": []})
-        assert (log.sums == share).all()
-
-
-def test_losses_of_parts_add_up():
-    """The normalizer is the whole batch's: given parts and weights make parts of equal size weigh unequally."""
-    g = torch.Generator().manual_seed(0)
-    model, schedule = AVDiT(TOY, 32, 1, 2), NoiseSchedule()
+@pytest.mark.parametrize("prediction", ["eps", "z0"])
+def test_losses_of_equal_parts_average_to_that_of_the_batch(prediction):
+    """Although given segments and loss weights make examples weigh unequally inside."""
+    g, layout, schedule = torch.Generator().manual_seed(0), Layout(PRESETS["toy"].modalities), NoiseSchedule()
+    model = AVDiT(layout, 32, 1, 2, prediction)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1, generator=g)
-    z0, eps = (torch.randn(6, TOY.E, generator=g) for _ in "ab")
-    t = sample_timesteps("ptm+task:continue", TOY, 6, 1000, g)
-    for power in (0, 1):
-        weight = loss_weights(schedule, TOY, t, power)
-        parts = [
-            (z0[rows], t[rows], eps[rows], weight[rows]) for rows in (slice(0, 1), slice(1, 4), slice(4, 6), slice(6))
-        ]
-        *losses, whole = (training_loss(model, schedule, TOY, *part)[0].item() for part in parts)
-        assert sum(losses) == pytest.approx(whole, rel=1e-5)
+    z0, eps = (torch.randn(6, layout.E, generator=g) for _ in "ab")
+    z0[0], eps[0] = 3 * z0[0], 3 * eps[0]
+    t = sample_timesteps("ptm+task:continue", layout, 6, 1000, g)
+    whole = training_loss(model, schedule, layout, z0, t, eps)[0].item()
+    for size in (1, 2, 3):
+        parts = zip(*(x.split(size) for x in (z0, t, eps)))
+        losses = [training_loss(model, schedule, layout, *part)[0].item() for part in parts]
+        assert sum(losses) / len(losses) == pytest.approx(whole, rel=1e-5) and max(losses) > 1.1 * min(losses)

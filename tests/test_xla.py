@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ MIXTURES = ("monl", "vanilla", "pm", "pt", "ptm", "task:a2v", "task:inpaint+pt+p
 
 
 def main(out, device):
-    """Twenty toy steps and six with every other mixture, then in parts, then samples; how often it compiled -> out."""
+    """Twenty toy steps and six with every other mixture, then in micro-batches, then samples -> how often it compiled."""
     sys.path.insert(0, str(ROOT))
     import sample
     import train
@@ -33,22 +34,22 @@ def main(out, device):
 
             counts[run].append(metrics.metric_data("CompileTime")[0])
 
-    def changing(seed, step, examples, batch, mixture, layout, T):
-        return draw(seed, step, examples, batch, MIXTURES[max(0, (step - 14) // 6)], layout, T)
+    def changing(args, step, *more):
+        return draw(SimpleNamespace(**{**vars(args), "mixture": MIXTURES[max(0, (step - 14) // 6)]}), step, *more)
 
     train.end_step = sample.end_step = count
     train.Log.EVERY = 1
-    common = ["--device", device, "--optimizer", "adamw", "--dtype", "fp32"]
+    common = ["--device", device, "--dtype", "fp32"]
     for run, steps, more in (("mixtures", 14 + 6 * len(MIXTURES), []), ("accumulate", 8, ["--accumulate", "2"])):
         counts[run] = []
         train.draw = changing if run == "mixtures" else draw
-        sys.argv = ["train.py", *common, "--steps", str(steps), "--out", f"{out}/{run}", *more]
-        assert train.main() == 0
+        sys.argv = ["train.py", *common, "--optimizer", "adamw", "--steps", str(steps), "--out", f"{out}/{run}", *more]
+        train.main()
     for run, guidance in (("joint", "0"), ("a2v", "1")):
         counts[run] = []
-        ckpt = ["--ckpt", f"{out}/mixtures", "--device", device, "--out", f"{out}/samples"]
-        sys.argv = ["sample.py", *ckpt, "--task", run, "--n", "2", "--guidance", guidance]
-        assert sample.main() == 0
+        ckpt = ["--ckpt", f"{out}/mixtures", "--out", f"{out}/samples"]
+        sys.argv = ["sample.py", *common, *ckpt, "--task", run, "--n", "2", "--guidance", guidance]
+        sample.main()
     Path(out, "compilations.json").write_text(json.dumps(counts))
 
 
@@ -96,10 +97,10 @@ def test_losses_and_weights_are_the_cpus(runs, run):
 def test_nothing_compiles_after_the_first_steps(runs):
     """Whatever the mixture, once both kinds of step are known, with self-conditioning and without."""
     from avdit import PRESETS, Layout
-    from data import draw
+    from train import draw
 
-    layout = Layout(PRESETS["toy"].modalities)
-    coins = [draw(0, step, 4096, 64, "monl", layout, 1000)[2] for step in range(20)]
+    args, layout = SimpleNamespace(seed=0, batch=64, mixture="monl"), Layout(PRESETS["toy"].modalities)
+    coins = [draw(args, step, 4096, layout, 1000)[2] for step in range(20)]
     assert coins[0] and not all(coins[:18])  # while the mixture was still the first one
     for folder in runs[1:]:
         counts = json.loads((folder / "compilations.json").read_text())
