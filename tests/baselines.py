@@ -13,7 +13,6 @@ from avdit import SAMPLERS, check_choice, noise_like, predict, respaced
 
 
 @torch.inference_mode(False)  # inference mode would forbid the gradient
-@torch.no_grad()
 def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps=250, sampler="ddim", generator=None,
                       on_step=None):  # fmt: skip
     """Generate as avdit.generate() does, but with one timestep for all segments [App. C.2] -> (B, E).
@@ -29,18 +28,17 @@ def generate_baseline(model, schedule, layout, z0, given, *, strength=0.0, steps
     check_choice("sampler", sampler, SAMPLERS)
     taus, noise = respaced(schedule.T, steps, z0.device), partial(noise_like, z0, generator)
     given = given.to(z0.device, torch.bool).expand(len(z0), -1)  # (B, S)
-    z0, given = z0.clone(), given.clone()  # tensors made in inference mode cannot take part in a gradient
     given_e = layout.per_element(given)  # (B, E)
-    clean, z, z0_prev = torch.where(given_e, z0, 0), noise(), torch.zeros_like(z0)
+    z, z0_prev = noise(), torch.zeros_like(z0)
     then = schedule.scales(layout, taus[0].expand_as(given))
-    truth = then[0] * clean + then[1] * noise()
+    truth = then[0] * z0 + then[1] * noise()  # read only where given
     for i, (tau, tau_next) in enumerate(pairwise(taus)):
         t, now, then = tau.expand_as(given), then, schedule.scales(layout, tau_next.expand_as(given))
         with torch.set_grad_enabled(strength > 0):
             z = torch.where(given_e, truth, z).requires_grad_(strength > 0)
             z0_hat, eps_hat = predict(model, schedule, layout, z, t, z0_prev)
             z_next = SAMPLERS[sampler](z, z0_hat, eps_hat, now, then, noise)  # [Eq. 8, Eq. 10]
-            truth = then[0] * clean + then[1] * noise()
+            truth = then[0] * z0 + then[1] * noise()
             if strength:
                 error = torch.where(given_e, z_next - truth, 0).square().sum()
                 z_next = z_next - strength * then[1] * torch.autograd.grad(error, z)[0]  # [Eq. 9, Eq. 11, Eq. 12]

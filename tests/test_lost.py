@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from test_data import latents_file
-from test_train import equal
+from test_train import checkpoint, equal
 
 import data
 import sample
@@ -103,6 +104,8 @@ def main(folder):
                 status = 0
             except SystemExit as stop:
                 status = stop.code
+            except Exception:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -111,7 +114,7 @@ def main(folder):
         text = Path("stdout").read_text()
         begun = [int(line.split()[1]) for line in text.splitlines() if line.startswith("step") and "/" not in line]
         files = sorted(path.name for path in Path(out).iterdir())
-        step = torch.load(Path(out, "ckpt.pt"), weights_only=True)["step"]
+        step = checkpoint(Path(out))["step"]
         left.append((end, status, begun, step, files, text, Path("stderr").read_text()))
     print(json.dumps(left))
 
@@ -140,7 +143,7 @@ def test_killed_and_stopped_at_any_moment(tmp_path):
         before = step
     results = []
     for out in ("whole", "killed"):
-        state = torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
+        state = checkpoint(tmp_path / out)
         assert state["config"].pop("out") == out
         results.append((state, (tmp_path / out / "log.csv").read_bytes()))
     assert equal(*results)
@@ -149,7 +152,7 @@ def test_killed_and_stopped_at_any_moment(tmp_path):
 def test_same_seed_same_bits(call, latents, tmp_path):
     for out in ("a", "b"):
         assert call(train, *latents, "--out", out)[0] == 0
-    a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in "ab")
+    a, b = (checkpoint(tmp_path / out) for out in "ab")
     assert a["config"].pop("out") != b["config"].pop("out") and equal(a, b)
     assert (tmp_path / "a/log.csv").read_bytes() == (tmp_path / "b/log.csv").read_bytes()
 
@@ -179,7 +182,7 @@ def test_a_run_that_goes_on_keeps_its_tokenizers_and_its_log(call, latents, tmp_
     """Elsewhere a fit may differ, and the weights have learned the first one's latents. log.csv comes from ckpt.pt."""
     monkeypatch.setattr(train.Log, "EVERY", 1)
     assert call(train, *latents, "--steps", 8)[0] == 0
-    whole, log = torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True), (tmp_path / "runs/z/log.csv").read_bytes()
+    whole, log = checkpoint(tmp_path / "runs/z"), (tmp_path / "runs/z/log.csv").read_bytes()
     with monkeypatch.context() as patch:
         stopping_at(4, patch)
         assert call(train, *latents, "--steps", 8, "--out", "runs/y")[0] == 130
@@ -187,7 +190,7 @@ def test_a_run_that_goes_on_keeps_its_tokenizers_and_its_log(call, latents, tmp_
     (tmp_path / "runs/y/log.csv").write_text("1,2,torn")
     status, out, err = call(train, *latents, "--steps", 8, "--out", "runs/y")
     assert status == 0 and "going on at step 4" in out, err
-    resumed = torch.load(tmp_path / "runs/y/ckpt.pt", weights_only=True)
+    resumed = checkpoint(tmp_path / "runs/y")
     assert resumed["config"].pop("out") != whole["config"].pop("out") and equal(resumed, whole)
     assert (tmp_path / "runs/y/log.csv").read_bytes() == log and log.count(b"\n") == 9
 
@@ -203,7 +206,7 @@ def test_a_run_may_go_on_elsewhere(call, latents, tmp_path, monkeypatch):
     flags = ("--out", "b", "--device", "cpu", "--compile", "--accumulate", 2, "--save-every", 7)
     status, out, err = call(train, *latents, "--steps", 8, *flags)
     assert status == 0 and "going on at step 4 of b/ckpt.pt" in out, err
-    a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("runs/z", "b"))
+    a, b = (checkpoint(tmp_path / out) for out in ("runs/z", "b"))
     for name, x in a["model"].items():
         torch.testing.assert_close(b["model"][name], x, atol=1e-4, rtol=1e-3)  # the sums of micro-batches round apart
     assert b["step"] == 8 and b["config"]["accumulate"] == 2
@@ -236,7 +239,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(call, latents, tmp_path, monkeyp
         status, _, err = call(train, *latents)
     assert status == 2 and "No space left" in one_line(err)
     assert sorted(x.name for x in (tmp_path / "runs/z").iterdir()) == ["ckpt.pt", "log.csv"]
-    assert torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)["step"] == 2
+    assert checkpoint(tmp_path / "runs/z")["step"] == 2
     assert call(train, *latents)[0] == 0 and call(train, *latents, "--out", "o")[0] == 0  # once there is space again
     assert (tmp_path / "runs/z/log.csv").read_bytes() == (tmp_path / "o/log.csv").read_bytes()
 
@@ -288,7 +291,7 @@ def test_broken_numbers_stop_the_run_and_are_not_saved(call, latents, tmp_path, 
     monkeypatch.setattr(train.Log, "EVERY", every)
     status, _, err = call(train, *latents)
     assert status == 1 and f"at step {step}: the last good checkpoint is runs/z/ckpt.pt" in one_line(err)
-    state = torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)
+    state = checkpoint(tmp_path / "runs/z")
     assert state["step"] == 2 and all(x.isfinite().all() for part in ("model", "ema") for x in state[part].values())
     assert "nan" not in (tmp_path / "runs/z/log.csv").read_text()
 
@@ -405,14 +408,14 @@ def test_more_clips_are_refused(call, latents, tmp_path):
     before = (tmp_path / "runs/z/ckpt.pt").read_bytes()
     latents_file(tmp_path / "z.npz", **more)
     status, _, err = call(train, *latents)
-    assert status == 2 and one_line(err) == "train.py: runs/z/ckpt.pt is of a run on 10 clips, not 12"
+    assert status == 2 and "runs/z/ckpt.pt is of 10 clips, not 12: use another --out" in one_line(err)
     assert (tmp_path / "runs/z/ckpt.pt").read_bytes() == before
 
 
 def test_constant_data_break_nothing(call, latents, tmp_path):
     latents_file(tmp_path / "z.npz", audio=np.full((12, 6, 5), 4.0))
     assert call(train, *latents)[0] == 0
-    state = torch.load(tmp_path / "runs/z/ckpt.pt", weights_only=True)
+    state = checkpoint(tmp_path / "runs/z")
     assert all(x.isfinite().all() for x in state["model"].values())
 
 

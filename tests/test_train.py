@@ -31,12 +31,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(PRESETS, "toy", replace(PRESETS["toy"], dim=32, depth=1, heads=2))
 
 
-def run(script, *arguments, cwd):
-    """The script as a process of its own, as a user starts it."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 def checkpoint(folder):
     return torch.load(folder / "ckpt.pt", weights_only=True)
 
@@ -101,11 +95,11 @@ def test_the_data_choose_the_preset_and_the_format(monkeypatch):
     ]
     for arguments, preset, media in cases:
         args = parsed(monkeypatch, "--lr", "1", *arguments)
-        assert (args.preset, args.batch, args.steps) == (
-            preset,
-            *(train.RECIPES[preset][k] for k in ("batch", "steps")),
-        )
-        assert (args.fps, args.size, args.sample_rate) == media and args.lr == 1
+        recipe = train.RECIPES[preset]
+        assert (args.preset, args.batch, args.steps) == (preset, recipe["batch"], recipe["steps"]) and args.lr == 1
+        assert (args.fps, args.size, args.sample_rate) == media
+        assert (args.device, args.dtype, args.compile, args.accumulate) == ("auto", "auto", False, 1)
+        assert (args.mixture, args.save_every, args.seed, args.out) == ("monl", 100, 0, "runs/toy")
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -115,13 +109,13 @@ SCALES = 0.2, 8  # of the loss, in turn, so that the norms of some gradients are
 
 
 def reference(args, z, layout):
-    """Alg. 2 [App. B] written out: clipping, AdamW, the average and the log -> weights, averages, lines of the log."""
+    """Alg. 2 [App. B] written out: clipping, AdamW, the average and the log -> {step: (weights, averages, log line)}."""
     torch.manual_seed(args.seed)
     model, schedule = PRESETS["toy"].model(layout, args.prediction), NoiseSchedule(1000)
     weights = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in weights.items()}
     first = {name: torch.zeros_like(p) for name, p in averages.items()}
-    second, lines, since, coins, norms = copy.deepcopy(first), {}, [], set(), []
+    second, saved, since, coins, norms = copy.deepcopy(first), {}, [], set(), []
     for step in range(args.steps):
         index, t, coin = train.draw(args, step, len(z), layout, 1000)
         eps = train.draw_noise(args.seed, step, torch.arange(args.batch), layout.E)
@@ -153,9 +147,10 @@ def reference(args, z, layout):
             video = torch.arange(layout.E) < layout.sizes[0]
             wanted = [times > 0, (times > 0) & video, (times > 0) & ~video]
             wanted += [(times > 250 * k) & (times <= 250 * k + 250) & x for x in (video, ~video) for k in range(4)]
-            lines[step + 1], since = [errors[where].mean().item() for where in wanted], []
+            line, since = [errors[where].mean().item() for where in wanted], []
+            saved[step + 1] = {name: p.detach().clone() for name, p in weights.items()}, dict(averages), line
     assert coins == {True, False} and min(norms) < 1 < max(norms), norms  # else the test would see less
-    return weights, averages, lines
+    return saved
 
 
 @pytest.mark.parametrize(("prediction", "accumulate"), [("eps", 1), ("v", 4), ("z0", 2)])
@@ -164,30 +159,35 @@ def test_the_loop_is_alg_2(call, latents, tmp_path, monkeypatch, prediction, acc
     flags = {"optimizer": "adamw", "mixture": "monl+task:a2v", "lr": 0.01, "warmup": 2, "ema": 0.5, "steps": 24,
              "batch": 4, "seed": 5, "save_every": 5, "prediction": prediction}  # fmt: skip
     words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
-    loss, calls = train.training_loss, []
+    loss, save, calls, states = train.training_loss, train.Run.save, [], []
 
     def scaled(*args):
         calls.append(args)
         value, error = loss(*args)
         return SCALES[(len(calls) - 1) // accumulate % 2] * value, error
 
+    def saving(run, step):
+        save(run, step)
+        states.extend([checkpoint(tmp_path / "runs/z")] if step else [])
+
     monkeypatch.setattr(train, "training_loss", scaled)
+    monkeypatch.setattr(train.Run, "save", saving)
     assert call(train, *latents, *words, "--accumulate", accumulate)[0] == 0
     with np.load(tmp_path / "z.npz") as file:  # every tenth clip is held out
         clips = [np.delete(file[name], [0, 10], 0).astype(np.float32) for name in ("video", "audio")]
     flat = [x.reshape(-1, x.shape[-1]) for x in clips]
     parts = [(x - y.mean(0)) / y.std(0, ddof=1) for x, y in zip(clips, flat)]
     z = torch.from_numpy(np.concatenate([x.reshape(10, -1) for x in parts], 1))
-    weights, averages, lines = reference(SimpleNamespace(**flags), z, data.read_latents("z.npz")[1])
-    state = checkpoint(tmp_path / "runs/z")
-    for name, p in weights.items():
-        torch.testing.assert_close(state["model"][name], p.detach(), atol=1e-4, rtol=1e-3, msg=name)
-        torch.testing.assert_close(state["ema"][name], averages[name], atol=1e-4, rtol=1e-3, msg=name)
+    saved = reference(SimpleNamespace(**flags), z, data.read_latents("z.npz")[1])
+    for (weights, averages, _), state in zip(saved.values(), states, strict=True):
+        for name, p in weights.items():
+            torch.testing.assert_close(state["model"][name], p, atol=1e-4, rtol=1e-3, msg=name)
+            torch.testing.assert_close(state["ema"][name], averages[name], atol=1e-4, rtol=1e-3, msg=name)
     header, *rows = csv.reader((tmp_path / "runs/z/log.csv").open())
     quarters = [f"{m}_t{low}_{low + 249}" for m in ("video", "audio") for low in (1, 251, 501, 751)]
     assert header == ["step", "mse", "video", "audio", *quarters]
-    assert [int(row[0]) for row in rows] == [5, 10, 15, 20, 24] == list(lines)
-    for row, line in zip(rows, lines.values()):
+    assert [int(row[0]) for row in rows] == [5, 10, 15, 20, 24] == list(saved)
+    for row, (_, _, line) in zip(rows, saved.values()):
         assert [float(x) if x else math.nan for x in row[1:]] == pytest.approx(line, rel=1e-3, nan_ok=True)
 
 
@@ -200,10 +200,9 @@ def losses(monkeypatch):
     calls, loss = [], train.training_loss
 
     def spy(net, schedule, layout, z0, t, eps, self_conditioning=False):
-        weights = copy.deepcopy(net.state_dict())
-        calls.append(
-            SimpleNamespace(net=net, layout=layout, z0=z0, t=t, eps=eps, coin=self_conditioning, weights=weights)
-        )
+        call = SimpleNamespace(net=net, layout=layout, z0=z0, t=t, eps=eps, coin=self_conditioning)
+        call.weights = copy.deepcopy(net.state_dict())
+        calls.append(call)
         return loss(net, schedule, layout, z0, t, eps, self_conditioning)
 
     monkeypatch.setattr(train, "training_loss", spy)
@@ -230,13 +229,8 @@ def test_a_file_of_any_modalities_is_trained_on(call, tmp_path):
     pose, touch = rng.standard_normal((4, 3, 2)), rng.standard_normal((4, 2, 5, 1))
     np.savez(tmp_path / "x.npz", pose=pose, pose_edges=range(4), touch=touch, touch_edges=range(3))
     assert call(train, "--data", "x.npz", "--preset", "toy", "--steps", 1, "--batch", 2)[0] == 0
-    assert next(csv.reader((tmp_path / "runs/toy/log.csv").open()))[:5] == [
-        "step",
-        "mse",
-        "pose",
-        "touch",
-        "pose_t1_250",
-    ]
+    header = next(csv.reader((tmp_path / "runs/toy/log.csv").open()))
+    assert header[:5] == ["step", "mse", "pose", "touch", "pose_t1_250"]
 
 
 def test_fps_size_and_sample_rate_are_the_format_of_a_folder(call, tmp_path, monkeypatch):
@@ -685,6 +679,7 @@ MISTAKES = (
     ("--mixture pm+", "unknown strategy"),
     ("--mixture task:smell", "task:continue-2s"),
     ("--data z.npz --mixture task:a2v", "unknown modality 'audio': use pose"),
+    ("--data v.npz --mixture task:v2a --steps 1", "nothing"),  # all that there is would be given
     ("--data nowhere", "neither toy nor a folder"),
     ("--data none.npz", "none.npz"),
     ("--data .", "no usable clip"),
@@ -704,11 +699,12 @@ MISTAKES = (
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_a_mistake_gets_one_line_and_status_2(call, tmp_path, arguments, message):
     (tmp_path / "junk.pt").write_bytes(b"junk")
+    np.savez(tmp_path / "v.npz", video=np.zeros((4, 3, 2)), video_edges=range(4))
     np.savez(tmp_path / "z.npz", pose=np.zeros((4, 3, 2)), pose_edges=range(4))
     status, _, err = call(train, *arguments.split())
     lines = [line for line in err.splitlines() if not line.startswith("skipped")]
     assert status == 2 and len(lines) == 1 and message in lines[0], (status, err)
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["junk.pt", "z.npz"]  # nothing was written
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["junk.pt", "v.npz", "z.npz"]  # nothing was written
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -730,5 +726,6 @@ def test_a_programs_own_error_keeps_its_traceback(call, latents, monkeypatch):
 
 
 def test_a_script_starts_from_any_folder(tmp_path):
-    done = run("train.py", "--steps", "none", cwd=tmp_path)
+    command = [sys.executable, ROOT / "train.py", "--steps", "none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("train.py: argument --steps: invalid int value: 'none'")
