@@ -360,7 +360,7 @@ def make_parser(about, n):
     add("--seconds", type=number(float, 0.01, 3600), help="length of the clips, window after window (one window)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
     add("--dtype", default="auto", choices=DTYPES, help="auto: bf16 if the chip has it (%(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise (%(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise (%(default)s)")
     return parser
 
 

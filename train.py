@@ -252,7 +252,8 @@ class Run:
 
     def __init__(self, args, data, machine):
         self.args, self.data, self.machine, self.path = args, data, machine, Path(args.out) / "ckpt.pt"
-        sample_timesteps(args.mixture, data.layout, 1, 2)  # raises if the mixture does not suit the data
+        if not sample_timesteps(args.mixture, data.layout, 64, 2).any():  # raises if the mixture does not suit the data
+            raise ValueError(f"--mixture {args.mixture} gives all that {args.data} has and leaves nothing to train")
         torch.manual_seed(args.seed)
         self.model = PRESETS[args.preset].model(data.layout, args.prediction).to(machine.device)
         self.ema = copy.deepcopy(self.model)
@@ -395,9 +396,8 @@ class Log:
             bins = (
                 F.one_hot((t_m - 1).clamp(min=0) * self.BINS // T, self.BINS) * (t_m > 0)[..., None]
             )  # (B, N_m, BINS)
-            error_m = error_m.flatten(2)
-            self.sums[0, k] += (bins * error_m.sum(-1, keepdim=True)).sum((0, 1))
-            self.sums[1, k] += bins.sum((0, 1)) * error_m.shape[-1]
+            self.sums[0, k] += (bins * error_m.flatten(2).sum(-1, keepdim=True)).sum((0, 1))
+            self.sums[1, k] += bins.sum((0, 1)) * error_m[0, 0].numel()
 
     def write(self, step, steps):
         errors, counts = self.machine.total(self.sums).cpu()  # (M, BINS) each
@@ -475,7 +475,7 @@ def make_parser():
     add("--compile", action="store_true", help="compile the network, which needs a C++ compiler")
     add("--accumulate", type=count, default=1, help="micro-batches per step, to save memory (%(default)s)")
     add("--save-every", type=count, default=100, help="steps between checkpoints (%(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and batches (%(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights and batches (%(default)s)")
     add("--out", default="runs/toy", help="folder of ckpt.pt and log.csv; a run found there goes on (%(default)s)")
     parser.set_defaults(**recipe)
     return parser

@@ -148,6 +148,16 @@ def test_first_frames_are_fitted_on_every_fourth_frame():
     assert (tokenizer.decode(tokenizer.encode(late)).int() - late.int()).abs().max() <= 1
 
 
+def test_decoded_pictures_are_within_bounds():
+    """Brighter than white is white, darker than black is black."""
+    modality = av_modalities(8, (2, 2), 12, 0.125, 8)[0]
+    tokenizer, z = data.PatchTokenizer(modality, 16, residual=True), torch.zeros(1, *modality.shape)
+    tokenizer.first.mean.fill_(1.1)
+    tokenizer.later.mean.fill_(-0.1)
+    video = tokenizer.decode(z)
+    assert (video[:, :1] == 255).all() and (video[:, 1:] == 0).all()
+
+
 def test_a_residual_leaves_what_moves_in_the_later_segments():
     """Every clip has its own picture, and a spot in it flickers a little."""
     g = torch.Generator().manual_seed(0)
@@ -251,6 +261,15 @@ def test_decoded_sound_is_in_time():
     when = lambda x: (x.square() * time).sum(1) / x.square().sum(1)
     assert (when(made) - when(sound)).abs().max() * 8000 < 2.5  # samples; the window has 256
     assert (made.square().sum(1) / sound.square().sum(1) - 1).abs().max() < 0.02
+
+
+def test_decoded_sound_is_within_bounds():
+    """A root below 0 means silence, and no sample is louder than 1."""
+    t, z = data.SpectrumTokenizer(av_modalities(8, (2, 2), 12, 1 / 8, 8)[1], 8000), torch.zeros(1, 17, 8)
+    t.bins.mean.fill_(-1)
+    assert not t.decode(z).any()
+    t.bins.mean.fill_(10)
+    assert t.decode(z).abs().max() == 1
 
 
 def test_no_seam_is_heard_between_windows(fitted):
@@ -432,7 +451,9 @@ def test_one_more_file_moves_no_other():
         assert set(data.held_out([more, *names])) - {more} == set(held_out)
     for k in range(1, 40):
         assert 0 < len(data.held_out(names[:k])) < max(2, k)
-    assert data.held_out(held_out[:3]) == [min(held_out[:3], key=lambda name: zlib.crc32(name.encode()))]
+    assert (
+        data.held_out(held_out[:4]) == [min(held_out[:4], key=lambda name: zlib.crc32(name.encode()))] != held_out[:1]
+    )
 
 
 def latents_file(path, **change):
@@ -534,7 +555,13 @@ def test_a_mixture_of_absent_modalities_leaves_nothing_behind(call, pose_and_tou
         ({"video_edges": np.array([0, 0.1, 0.5])}, "does not fit"),
         ({"video_edges": np.array([0, 0.5, 0.1, 0.9])}, "do not rise"),
         ({"audio": np.full((12, 6, 5), np.nan)}, "not finite"),
+        ({"audio_edges": np.array([0, 1, 2, 3, 4, 5, np.inf])}, "not finite"),
+        ({"audio": np.zeros((12, 6, 5), complex)}, "must hold real numbers"),
+        ({"audio_edges": np.array(["a"] * 7)}, "must hold real numbers"),
         ({"audio": np.zeros((11, 6, 5))}, "does not fit"),
+        ({"audio": np.zeros((12, 30))}, "does not fit"),
+        ({"audio": np.zeros((12, 6, 0))}, "is too little"),
+        ({"video": np.zeros((1, 3, 2, 2, 4)), "audio": np.zeros((1, 6, 5))}, "is too little"),
         ({"audio": np.array([{"code": 1}], dtype=object)}, "no .npz of plain arrays"),
     ],
 )
@@ -561,6 +588,8 @@ def test_a_clip_is_resampled_cropped_and_cut(tmp_path):
         for window in clips["audio"]:
             line = torch.fft.rfft(window[4000:20000] * torch.hann_window(16000)).abs().argmax()
             assert abs(line - 440) <= 1  # one line per hertz
+        video, audio = data.decode_clip(path, data.Media(5, 64, 24000))
+        assert video.shape == (25, 64, 64, 3) and abs(len(audio) - 5 * 24000) < 1500
 
 
 @pytest.mark.parametrize(("fps", "rate"), [(8, 16000), (30, 7997), (24, 22050)])

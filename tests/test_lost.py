@@ -120,7 +120,7 @@ def main(folder):
 
 
 def test_killed_and_stopped_at_any_moment(tmp_path):
-    """After every end the same command goes on. What it leaves at last is, bit for bit, what an undisturbed run leaves."""
+    """After every end the same command goes on. At last it leaves, bit for bit, what an undisturbed run leaves."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -307,6 +307,18 @@ def test_too_large_a_batch_is_named(call, latents, monkeypatch, allocate):
     assert status == 2 and "out of memory: use a smaller --batch" in one_line(err)
 
 
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_not_taken_for_damage(call, latents, monkeypatch, kind):
+    def full(*_, **__):
+        raise kind
+
+    assert call(train, *latents)[0] == 0
+    monkeypatch.setattr(torch, "load", full)
+    for script, arguments in ((train, latents), (sample, ("--ckpt", "runs/z"))):
+        status, _, err = call(script, *arguments)
+        assert status == 2 and "out of memory: use" in one_line(err)
+
+
 # --- Checkpoints that are wrong -------------------------------------------------------
 
 
@@ -344,8 +356,8 @@ WRONG = {  # name: (what is made of a good checkpoint, what the line says)
     "other settings": (lambda path, state: torch.save({**state, "config": {}}, path), "is no checkpoint"),
     "no tokenizers": (lambda path, state: torch.save(without(state, "tokenizers"), path), "tokenizers"),
     "odd preset": (lambda path, state: torch.save(in_config(state, preset="huge"), path), "huge"),
-    "half of the weights": (
-        lambda path, state: torch.save({**state, **{k: dict(list(state[k].items())[:9]) for k in ("ema", "model")}}, path),
+    "half the weights": (
+        lambda path, state: torch.save({**state, **{k: dict([*state[k].items()][:9]) for k in ("ema", "model")}}, path),
         "damaged",
     ),
 }  # fmt: skip

@@ -19,8 +19,8 @@ LR = 5e-4
 # With a given part, not every example has the same number of elements in its loss.
 FLAGS = ("--preset", "toy", "--lr", LR, "--optimizer", "adamw", "--mixture", "monl+task:a2v", "--warmup", 100)
 
-# train.py with a line in log.csv for every step, and the norm of every step's gradient in a file of its own. STOP is the
-# step before which it ends as if by Ctrl-C.
+# train.py with a line in log.csv for every step, and the norm of every step's gradient in a file of its own. Before the
+# step STOP it ends as if by Ctrl-C.
 PROGRAM = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -109,7 +109,7 @@ SCALES = 0.2, 8  # of the loss, in turn, so that the norms of some gradients are
 
 
 def reference(args, z, layout):
-    """Alg. 2 [App. B] written out: clipping, AdamW, the average and the log -> {step: (weights, averages, log line)}."""
+    """Alg. 2 [App. B] written out, with clipping, AdamW, average and log -> {step: (weights, averages, log line)}."""
     torch.manual_seed(args.seed)
     model, schedule = PRESETS["toy"].model(layout, args.prediction), NoiseSchedule(1000)
     weights = dict(model.named_parameters())

@@ -20,7 +20,8 @@ MIXTURES = ("monl", "vanilla", "pm", "pt", "ptm", "task:a2v", "task:inpaint+pt+p
 
 
 def main(out, device):
-    """Twenty toy steps and six with every other mixture, then in micro-batches, then samples -> how often it compiled."""
+    """Twenty toy steps and six with every other mixture, then in micro-batches, then samples. Notes how often it
+    compiled."""
     sys.path.insert(0, str(ROOT))
     import sample
     import train
