@@ -110,7 +110,7 @@ def test_latents_have_zero_mean_and_unit_variance(fitted):
     z = fitted.encode(clips)
     assert z.shape == (256, TOY.E) and z.isfinite().all()
     for name, part in TOY.unpack(z).items():
-        part = part[:, 1:] if name == "video" else part  # the first frame's components are fitted on every frame
+        part = part[:, 1:] if name == "video" else part  # first frames are fitted on every 4th frame
         flat = part.flatten(0, -2)
         assert flat.mean(0).abs().max() < 1e-3 and (flat.std(0) - 1).abs().max() < 1e-3
 
@@ -340,7 +340,7 @@ def stacked(clips):
 
 
 def test_what_the_data_are(tmp_path):
-    for path, kind in (("toy", data.ToyWorld), ("Z.NPZ", data.Latents), (tmp_path, data.Folder), ("x", data.Folder)):
+    for path, kind in (("toy", data.ToyWorld), ("Z.NPZ", data.Latents), ("x", data.Folder), ("my/toy", data.Folder)):
         assert data.kind_of(path) is kind
     for path in ("toy", latents_file(tmp_path / "z.npz")):
         with pytest.raises(ValueError, match=f"are for a folder of clips, not for {path}"):
@@ -406,6 +406,7 @@ def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
     (tmp_path / "a_notes.txt").write_text("not a clip")
     (tmp_path / ".hidden.mp4").write_text("")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/not_read.txt").write_text("")
     clips, held_out = folder(tmp_path).training_clips()
     assert len(clips["video"]) == 24 and held_out == ["b_good.mp4"]  # a single file is trained on and held out
     wrong = ("a_notes.txt: ffmpeg cannot decode it", "c_mute.mp4: no sound", "d_short.mp4: 1.50 s of",

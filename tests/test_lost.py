@@ -81,6 +81,7 @@ def live(end, at):
         rename(old, new)
 
     train.Log.EVERY, train.draw, torch.save, os.replace = 4, drawing, saving, renaming
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     train.main()
 
 
