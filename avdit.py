@@ -155,7 +155,7 @@ def task_mask(task, layout):
 
 
 def coincident(layout):
-    """(S,): the reference's segment that contains each segment's midpoint, or its last one [Sec. 3.1, footnote 4]."""
+    """(S,): the reference's segment that contains each segment's midpoint, else its last [Sec. 3.1, footnote 4]."""
     boundaries = layout.starts[1 : layout.lengths[0]]
     return torch.bucketize((layout.starts + layout.ends) / 2, boundaries, right=True)
 
@@ -231,10 +231,10 @@ PREDICTIONS = ("eps", "v", "z0")  # what a network may regress, see predict()
 
 
 class AVDiT(nn.Module):
-    """The joint noise prediction network [Sec. 4].
+    """The paper's joint noise prediction network [Sec. 4].
 
-    `prediction` is what it regresses, one of PREDICTIONS. Raises ValueError if it is another word, or if dim is odd or
-    not divisible by heads.
+    `prediction` is what it regresses, one of PREDICTIONS. Raises ValueError if it is unknown, or if dim is odd or not
+    divisible by heads.
     """
 
     def __init__(self, layout, dim, depth, heads, prediction="eps"):
@@ -248,7 +248,7 @@ class AVDiT(nn.Module):
         self.project_in = nn.ModuleDict({m.name: nn.Linear(2 * m.channels, dim) for m in modalities})
         self.project_out = nn.ModuleDict({m.name: nn.Linear(dim, m.channels) for m in modalities})
         # Temporal position embeddings start as sinusoids of a segment's midpoint, so segments of two modalities at the
-        # same time start alike. The unit is milliseconds, because the periods suit numbers up to thousands, such as t.
+        # same time start alike. The unit is milliseconds, because sinusoid()'s periods suit values in the thousands.
         middle = layout.split(1000 * (layout.starts + layout.ends) / 2)
         self.time = nn.ParameterDict({name: nn.Parameter(sinusoid(x, dim)) for name, x in middle.items()})
         # Spatial position embeddings also tell the modalities apart. They start about as large as the temporal ones.
@@ -287,7 +287,7 @@ class AVDiT(nn.Module):
 def predict(model, schedule, layout, z, t, z0_prev=None):
     """Call the model and turn its prediction into estimates of z0 and eps, (B, E) each.
 
-    The paper's network regresses eps; W.A.L.T's, which the paper builds on, v = a eps - s z0; others z0. Given
+    The paper regresses eps. W.A.L.T, on which it builds, regresses v = a eps - s z0; others regress z0. Given
     z_t = a z0 + s eps, any one of them gives the other two. Where t = 0, the estimate of z0 is z itself.
     """
     out, (a, s) = model(z, t, z0_prev), schedule.scales(layout, t)
@@ -371,10 +371,10 @@ def respaced(T, steps, device=None):
 
 
 def guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, noise):
-    """Classifier-free guidance for free [App. E]: from the estimates without the condition, go beyond those with it.
+    """Classifier-free guidance for free [App. E]: extrapolate from the unconditional through the conditional estimates.
 
     The unconditional pass replaces the `dropped` segments (B, S) by pure noise at t = T [Fig. 10, Fig. 11], a kind of
-    input that the network knows from training, and z0_prev does not show them either. Both passes run as one batch.
+    input that the network knows from training. z0_prev is zero there too; elsewhere both passes see the same.
 
     DIFFERS FROM PAPER: [Eq. 15] puts noise in the wanted part; by the prose and Fig. 10 it belongs in the GIVEN part.
     """
@@ -456,8 +456,8 @@ class Preset:
 
 
 PRESETS = {
-    # The toy world of data.py. It predicts z0: with eps the modalities stay unrelated, and v blurs the ball, because a
-    # network of width 128 cannot pass on the noise of a token's 128 channels.
+    # The toy world of data.py. It predicts z0: with eps the modalities stay unrelated, and v blurs the ball, probably
+    # because a network of width 128 cannot pass on the noise of a token's 128 channels.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0",
                   sampler="ddpm", sampling_steps=40),
     # Some hundreds of real clips of 64 x 64 pixels, as data.py reads them.

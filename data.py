@@ -75,8 +75,8 @@ def render(draws, frames=FRAMES):
 
 
 class Components(nn.Module):
-    """Principal components: x (..., D) <-> z (..., C). Whitened, faint components would count as much as strong ones;
-    unscaled, they would never be learned. So each is divided by the square root of its standard deviation. A random
+    """Principal components: x (..., D) <-> z (..., C). Whitening would weigh faint components like strong ones. Without
+    scaling they would never be learned. So each is divided by the square root of its standard deviation. A random
     rotation then mixes them, and each channel gets zero mean and unit variance, or is zero beyond the data's rank."""
 
     def __init__(self, dim, channels):
@@ -365,7 +365,7 @@ class Latents:
 
 
 def held_out(names):
-    """A tenth of the names, by a hash, so that one more file does not move any other. At least one; not all of two."""
+    """A tenth of the names, by a hash, so that one more file does not move any other. At least one, never all of two."""
     rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
     tenth = sorted(name for name in names if rank[name] % 10 == 0)
     return tenth if 0 < len(tenth) < len(rank) else [min(names, key=rank.get)]

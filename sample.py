@@ -162,7 +162,7 @@ class Trained:
 
     A window lasts `span` seconds; the next one starts `stride` seconds later. They share the segments `shared`, bool
     (S,): skip[name] segments of each modality, `shared_frames` frames. `count` windows make a clip of `seconds` with
-    the layout `whole`, in which the last segment of each modality repeats."""
+    the layout `whole`, which goes on with segments as long as each modality's last."""
 
     def __init__(self, path, device, seconds=None):
         path, self.device = Path(path), device
@@ -234,7 +234,7 @@ def package(trained, clips, given):
     out = {name: x.numpy() for name, x in clips.items()}
     if trained.data.decodes:
         for name, mask in trained.per_frame(given, trained.whole).items():
-            out[f"given_{name}"] = F.pad(mask, (0, out[name].shape[1] - len(mask))).numpy()  # the rest of a segment
+            out[f"given_{name}"] = F.pad(mask, (0, out[name].shape[1] - len(mask))).numpy()  # may end inside a segment
         return out | {"fps": trained.media.fps, "sample_rate": trained.media.sample_rate}
     out |= {f"given_{name}": mask.numpy() for name, mask in trained.layout.split(given).items()}
     return out | {f"{m.name}_edges": np.array(m.edges) for m in trained.layout.modalities}

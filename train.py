@@ -103,7 +103,7 @@ DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps", "xla"), ("auto", "fp32", "bf16"
 
 
 def open_device(name):
-    """-> torch.device. Raises ValueError with the devices of this machine if it lacks this one."""
+    """-> torch.device. Raises ValueError, listing this machine's devices, if `name` is not one of them."""
     found = torch.accelerator.current_accelerator(check_available=True)
     here = [found.type] if found and found.type in DEVICES else []
     here += ["cpu"] + ["xla"] * bool(importlib.util.find_spec("torch_xla"))  # auto never takes xla
@@ -242,7 +242,7 @@ def make_optimizers(name, model):
 
 # --- A run, its checkpoint and its log --------------------------------------------------------------------------------
 
-FORMAT = 5  # to be raised when an older version would misread the file
+FORMAT = 5  # increment it when an older version would misread the file
 FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
 
 
@@ -365,9 +365,9 @@ def on_cpu(x):
 
 
 class Log:
-    """log.csv and the progress line: the mean squared error where t > 0 since the last line, by modality and by quarter
-    of the noise levels. It has no loss weights, so that runs can be compared. The sums stay on the device, so no step
-    waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
+    """log.csv and the progress line: since the last line, the mean squared error where t > 0, by modality and quarter of
+    the noise levels. It has no loss weights, so that runs with the same --prediction can be compared. The sums stay on
+    the device, so no step waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
 
     EVERY, BINS = 50, 4  # steps per line
 
