@@ -252,7 +252,7 @@ def track(given, width, height=8):
 
 
 def spectrogram(sound, rate, width, height):
-    """Sound (samples,) -> uint8 (height, width, 3): decibels, from 0 Hz at the bottom to 4 kHz at the top."""
+    """Sound (samples,) -> uint8 (height, width, 3): decibels, from 0 Hz at the bottom to 4 kHz (or rate / 2)."""
     size, sound = 2 ** round(math.log2(rate / 32)), torch.from_numpy(sound)
     lines = torch.stft(sound, size, max(1, len(sound) // width), window=torch.hann_window(size), pad_mode="constant",
                        return_complex=True).abs()[: 1 + 4000 * size // rate]  # fmt: skip

@@ -9,9 +9,6 @@ import pytest
 import torch
 from test_data import latents_file
 
-import data
-import train
-
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the tensors are small, and the toy run below uses the other core
 
@@ -40,15 +37,6 @@ def latents(tmp_path):
     latents_file(tmp_path / "z.npz")
     data = ("--data", "z.npz", "--preset", "toy", "--out", "runs/z")
     return (*data, "--steps", 4, "--batch", 4, "--save-every", 2, "--dtype", "fp32")
-
-
-@pytest.fixture
-def tiny_run(call, monkeypatch, tmp_path):
-    """Folder of an untrained model of the toy world, for tests of what sample.py does around the model."""
-    toy_clips = data.toy_clips
-    monkeypatch.setattr(data, "toy_clips", lambda n, *more: toy_clips(min(n, 32), *more))
-    assert call(train, "--steps", 1, "--batch", 2, "--out", "runs/tiny")[0] == 0
-    return tmp_path / "runs/tiny"
 
 
 @pytest.fixture(scope="session", autouse=True)

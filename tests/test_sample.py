@@ -151,7 +151,10 @@ def test_given_chooses_spans(call, model, quick, calls, tmp_path):
 
 
 def test_many_samples_are_made_64_at_a_time_with_noise_of_their_own(model, monkeypatch):
+    sizes = []
+
     def noise(network, schedule, layout, z0, given, generator, **settings):
+        sizes.append(len(z0))
         return z0 + torch.randn(z0.shape, generator=generator)
 
     monkeypatch.setattr(sample, "generate", noise)
@@ -159,6 +162,7 @@ def test_many_samples_are_made_64_at_a_time_with_noise_of_their_own(model, monke
     z0, (a, b) = torch.arange(66.0)[:, None].repeat(1, LAYOUT.E), (torch.Generator().manual_seed(7) for _ in "ab")
     made = sample.denoise(trained, args, z0, task_mask("joint", LAYOUT), a, "")
     want = torch.cat([torch.randn(n, LAYOUT.E, generator=b) for n in (64, 2)])
+    assert sizes == [64, 2]
     torch.testing.assert_close(made - z0, want, atol=1e-4, rtol=0)
 
 
