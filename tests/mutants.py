@@ -9,9 +9,10 @@ import ast
 import csv
 import os
 import random
+import shutil
 import signal
 import sys
-import types
+import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -258,8 +259,9 @@ def automatic(source):
     return found
 
 
-def start(name, source):
-    """Run the fast tests of a script with a mistake in a child process, which has torch already -> its number."""
+def start(name, source, folder):
+    """Run the fast tests of a script with a mistake, on a copy in `folder`, in a child process, which has torch already
+    -> its number."""
     child = os.fork()
     if child:
         return child
@@ -267,12 +269,14 @@ def start(name, source):
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    sys.modules[name] = module = types.ModuleType(name)
-    module.__file__ = str(ROOT / f"{name}.py")
     status = 1
     try:
-        exec(compile(source, module.__file__, "exec"), module.__dict__)  # noqa: S102
-        os.chdir(ROOT / "tests")
+        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for script in FAST:
+            shutil.copy(ROOT / f"{script}.py", folder)
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+        os.chdir(folder / "tests")
+        sys.path.insert(0, str(folder))
         status = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *FAST[name]])
     finally:
         os._exit(status)
@@ -283,11 +287,14 @@ def fates(todo, jobs):
     waiting, running = iter(todo.items()), {}
     while True:
         for key, mistake in islice(waiting, jobs - len(running)):
-            running[start(*mistake)] = key
+            folder = tempfile.TemporaryDirectory()
+            running[start(*mistake, Path(folder.name))] = key, folder
         if not running:
             return
         child, status = os.wait()
-        yield running.pop(child), "noticed" if status else "unnoticed"
+        key, folder = running.pop(child)
+        folder.cleanup()
+        yield key, "noticed" if status else "unnoticed"
 
 
 def main():
@@ -300,7 +307,6 @@ def main():
     add("--out", type=Path, default=Path("runs/mutants.csv"), help="file of results (%(default)s)")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)  # threads do not outlive a fork
     wanted = {}
     for script in args.scripts:
