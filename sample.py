@@ -183,8 +183,8 @@ class Trained:
         self.schedule = NoiseSchedule().to(device)
         self.rates = {"video": self.media.fps, "audio": self.media.sample_rate}
         edges, self.shared = self.layout.modalities[0].edges, task_mask("continue", self.layout)
-        self.span, self.stride = edges[-1], edges[-1] - edges[:3][-1]
-        self.shared_frames = round(edges[:3][-1] * self.media.fps)
+        self.span, shared_end = edges[-1], edges[min(2, len(edges) - 1)]
+        self.stride, self.shared_frames = self.span - shared_end, round(shared_end * self.media.fps)
         self.skip = {name: int(mask.sum()) for name, mask in self.layout.split(self.shared).items()}
         if seconds and (seconds < self.span or not self.data.decodes):
             raise ValueError(f"--seconds is for clips, and at least {self.span:g}, one window")

@@ -393,9 +393,8 @@ class Log:
         """Squared errors (B, E) at the timesteps t (B, S)."""
         parts = zip(self.layout.unpack(error).values(), self.layout.split(t).values())
         for k, (error_m, t_m) in enumerate(parts):
-            bins = (
-                F.one_hot((t_m - 1).clamp(min=0) * self.BINS // T, self.BINS) * (t_m > 0)[..., None]
-            )  # (B, N_m, BINS)
+            quarter = (t_m - 1).clamp(min=0) * self.BINS // T
+            bins = F.one_hot(quarter, self.BINS) * (t_m > 0)[..., None]  # (B, N_m, BINS)
             self.sums[0, k] += (bins * error_m.flatten(2).sum(-1, keepdim=True)).sum((0, 1))
             self.sums[1, k] += bins.sum((0, 1)) * error_m[0, 0].numel()
 
@@ -455,11 +454,7 @@ def make_parser():
     recipe, count = RECIPES[preset], number(int, 1, 10**9)
     parser = Parser(description=__doc__.split(" See")[0], parents=[first], allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--mixture",
-        default="monl",
-        help="monl, vanilla, pm, pt, ptm, task:a2v ..., or a sum such as pt+pm (%(default)s)",
-    )
+    add("--mixture", default="monl", help="monl, vanilla, pm, pt, ptm, task:a2v ..., or sums: pt+pm (%(default)s)")
     add("--prediction", default=PRESETS[preset].prediction, choices=PREDICTIONS, help="what to regress (%(default)s)")
     add("--batch", type=number(int, 1, 2**16), help="examples per step, over all devices (%(default)s)")
     add("--steps", type=count, help="training steps (%(default)s)")
