@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which tells memory, talks
@@ -323,8 +324,8 @@ def data_share(toy, count, device, dtype):
     print(f"\ndrawing a batch of the toy world: {ratio(times, 'batch', 'step'):.1%} of a training step")
 
 
-def paper_step(preset, device, dtype):
-    """The paper preset's training step as train.py does it: memory by batch size, products, what App. B's run takes."""
+def paper_step(preset, device, dtype, compiled, count):
+    """The paper preset's training step as train.py does it: products, memory, what App. B's run takes; on a GPU, time."""
     layout, schedule = Layout(preset.modalities), NoiseSchedule().to(device)
     model = preset.model(layout).to(device)
     ema, optimizer = AveragedModel(model), make_optimizers("adamw", model)["adamw"]
@@ -335,6 +336,7 @@ def paper_step(preset, device, dtype):
         def job():
             z0, eps = torch.randn(2, batch, layout.E, device=device)
             t = sample_timesteps("monl", layout, batch, schedule.T).to(device)
+            model.zero_grad()
             with precision(dtype, device, layout):
                 loss, _ = training_loss(model, schedule, layout, z0, t, eps, self_conditioning=True)
             loss.backward()
@@ -343,13 +345,23 @@ def paper_step(preset, device, dtype):
 
         return job
 
-    flops = counted(step(1)).flops  # after this, all that is kept is there
-    for batch in (1, 2, 4):
-        print(f"  batch {batch}: {peak_memory(step(batch), device) / 2**30:.1f} more", flush=True)
-    recipe = recipe_of(preset)
-    total = flops * 3.9 / 4 * recipe["batch"] * recipe["steps"]  # 3 or, at a rate of 0.9, 4 passes forward or like it
+    flops, recipe = counted(step(1)).flops, recipe_of(preset)  # after this, all that is kept is there
+    examples = 3.9 / 4 * recipe["batch"] * recipe["steps"]  # 3 or, at a rate of 0.9, 4 passes forward or like it
     print(f"{flops / 1e12:.2f} TFLOP an example; {recipe['steps']} steps of batch {recipe['batch']}: "
-          f"{total / 1e18:.0f} EFLOP, {total / 1e14 / 86400:.0f} days at 100 TFLOP/s")  # fmt: skip
+          f"{flops * examples / 1e18:.0f} EFLOP, {flops * examples / 1e14 / 86400:.0f} days at 100 TFLOP/s")  # fmt: skip
+    if compiled:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    for batch in (1, 2, 4) if device.type == "cpu" else (16, 32):
+        print(f"  batch {batch}: {peak_memory(step(batch), device) / 2**30:.1f} GiB more", end="", flush=True)
+        if device.type == "cuda":
+            times = rounds({"step": step(batch), "product": partial(torch.matmul, square, square)}, count, device)
+            seconds, product = (statistics.median(times[name]) for name in ("step", "product"))
+            rate, best = batch * flops / seconds / 1e12, 2 * 8192**3 / product / 1e12
+            print(f", {1e3 * seconds:.0f} ms, {rate / best:.2f} of the {best:.0f} TFLOP/s of an 8192 x 8192 product, "
+                  f"App. B in {seconds / batch * examples / 86400:.1f} days", end="")  # fmt: skip
+        print()
 
 
 def main():
@@ -358,13 +370,13 @@ def main():
     add("--device", default="auto", choices=DEVICES[:-1], help="where to compute (%(default)s)")
     add("--dtype", default="fp32", choices=("fp32", "bf16"), help="precision of products (%(default)s)")
     add("--compile", action="store_true", help="compile the contenders' layers")
-    add("--paper", action="store_true", help="memory and products of the paper preset, nothing else")
+    add("--paper", action="store_true", help="the paper preset's training step, nothing else")
     add("--rounds", type=int, default=11, help="how often each job runs (%(default)s)")
     args = parser.parse_args()
     device, toy, paper = open_device(args.device), PRESETS["toy"], PRESETS["paper"]
     print(f"torch {torch.__version__}, {device}, {args.dtype}, {torch.get_num_threads()} threads")
     if args.paper:
-        return paper_step(paper, device, args.dtype)
+        return paper_step(paper, device, args.dtype, args.compile, args.rounds)
     print("in this order")
     print("  time     ours as a share of this contender's: below 1, ours is faster")
     print("  memory   MiB at the highest, beyond weights and data")
