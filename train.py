@@ -47,8 +47,9 @@ def train(args):
     layout, run = data.layout, Run(args, data, machine)
     z = run.begin()  # latents of all training clips, (n, E)
     schedule = NoiseSchedule().to(machine.device)
+    for block in run.model.blocks if args.compile and not machine.mesh else ():  # XLA always compiles
+        block.compile(fullgraph=True)  # one program, which all blocks share
     net = machine.share(run.model)
-    net = torch.compile(net) if args.compile and not machine.mesh else net  # XLA always compiles
     for step in range(run.step, args.steps):
         index, t, self_conditioning = draw(args, step, len(z), layout, schedule.T)  # lines 2 and 4
         run.set_learning_rate(learning_rate(args, step))
@@ -467,7 +468,7 @@ def make_parser():
     add("--sample-rate", type=number(int, 1000, 192000), default=kind.media.sample_rate, help="in Hz (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (%(default)s)")
     add("--dtype", default="auto", choices=DTYPES, help="auto: bf16 if the chip has it (%(default)s)")
-    add("--compile", action="store_true", help="compile the network, which needs a C++ compiler")
+    add("--compile", action="store_true", help="compile the blocks; on a CPU this needs a C++ compiler")
     add("--accumulate", type=count, default=1, help="micro-batches per step, to save memory (%(default)s)")
     add("--save-every", type=count, default=100, help="steps between checkpoints (%(default)s)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights and batches (%(default)s)")

@@ -148,7 +148,7 @@ HAND = {  # module: (what is there, what a tired student makes of it)
         ("SeedSequence([seed, step, row + 1])", "SeedSequence([seed, step, row])"),
         ('name == "auto" and bool(native)', 'name == "auto" and False'),
         ('name == "auto" and bool(native)', 'name == "auto"'),
-        ("net = torch.compile(net) if", "net = net if"),
+        ("        block.compile(fullgraph=True)", "        pass"),
         ("        run.model.zero_grad()\n", ""),
         ("        for rows in micro_batches:\n",
          "        for rows in micro_batches:\n            run.model.zero_grad()\n"),

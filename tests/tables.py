@@ -1,6 +1,6 @@
 """The paper's Tables 1 and 7 on the toy world: train every model from every seed, score it, print the tables.
 
-`--curve` compares MoNL with the models of one task each, trained once and twice as long. Every score goes to
+`--curve` trains MoNL twice as long too, and compares it with the models of one task each. Every score goes to
 OUT/scores.csv as soon as it is known. The same command goes on where it stopped. A model that train.py has already
 trained with the same arguments into OUT/<MODEL>-<SEED>-<STEPS> is only scored.
 """
@@ -93,7 +93,7 @@ LESS = {
     for name in names
 }
 
-# of the curve: multiples of --steps; the scores of the models of one task each
+# of the curve: MoNL's multiples of --steps; the scores of the models of one task each
 TIMES = (1, 2)
 ONE_TASK = {k: v for k, v in EXACT.items() if k.split()[0] in MODELS} | {"a2v spread": [("a2v", "spread")]}
 
@@ -240,16 +240,18 @@ def figure(args, found, path):
 
 def plan(args):
     """-> the (model, seed, steps) that are needed, the first ones first."""
-    models = ["MoNL", *dict.fromkeys(k.split()[0] for k in ONE_TASK)] if args.curve else MODELS
-    return [(model, seed, args.steps * times) for times in (TIMES if args.curve else (1,)) for seed in range(args.seeds)
-            for model in models if not args.only or model in args.only]  # fmt: skip
+    models = [(model, 1) for model in MODELS]
+    if args.curve:
+        models = [(k.split()[0], 1) for k in ONE_TASK] + [("MoNL", times) for times in TIMES]
+    return [(model, seed, args.steps * times) for seed in range(args.seeds) for model, times in dict.fromkeys(models)
+            if not args.only or model in args.only]  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
     add = parser.add_argument
     add("--steps", type=int, default=RECIPES["toy"]["steps"], help="training steps of every model (%(default)s)")
-    add("--curve", action="store_true", help="train MoNL and the models of one task each once and twice as long")
+    add("--curve", action="store_true", help="train MoNL, also twice as long, and the models of one task each")
     add("--seeds", type=int, default=1, help="models of each kind (%(default)s)")
     add("--only", nargs="+", choices=MODELS, metavar="MODEL", help=f"train and score only some of {', '.join(MODELS)}")
     add("--n", type=int, default=256, help="samples per task, a multiple of 16 (%(default)s)")
@@ -267,7 +269,8 @@ def main():
     spread = f", {args.seeds} seeds: mean ± standard deviation" if args.seeds > 1 else ""
     print(f"{args.steps} steps, {args.n} samples per task{spread}")
     if args.curve:
-        rows = {f"{way}, {times}x": (way, times * args.steps) for way in ("MoNL", "Conditional") for times in TIMES}
+        rows = {f"MoNL, {times}x": ("MoNL", times * args.steps) for times in TIMES}
+        rows["Conditional, 1x"] = ("Conditional", args.steps)
         table(found, rows, ONE_TASK, 3, {})
         plot(found, args.steps, dict(list(ONE_TASK.items())[:4]), args.out / "curve.png")
         return

@@ -238,7 +238,7 @@ def test_tables_train_what_is_missing_and_print_what_is_there(monkeypatch, tmp_p
     out = main("--curve", "--only", "MoNL")
     folders = [Path(command[command.index("--out") + 1]).name for command in commands if command[0] == "train.py"]
     assert folders == ["MoNL-0-20", "MoNL-0-40"]
-    assert "| MoNL, 2x | 0.250" in out and "| Conditional, 2x | - |" in out
+    assert "| MoNL, 2x | 0.250" in out and "| Conditional, 1x | - |" in out
 
 
 def test_ways_of_vanilla_are_baselines():

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
-from avdit import PRESETS, AVDiT, Layout, Modality, NoiseSchedule, predict, sample_timesteps, training_loss
+from avdit import PRESETS, AVDiT, Block, Layout, Modality, NoiseSchedule, predict, sample_timesteps, training_loss
 
 ROOT = Path(__file__).parents[1]
 TOY = Layout(PRESETS["toy"].modalities)
@@ -407,27 +407,20 @@ def test_progress_is_printed(call, latents, tmp_path):
     assert all(float(line[4]) > 0 for line in lines) and lines[-1][6:] == ["0:00", "left"]
 
 
-def test_compile_makes_the_network_that_is_trained(call, latents, losses, monkeypatch):
-    made = []
+def test_compile_compiles_the_blocks_that_are_trained(call, latents, losses, monkeypatch):
+    calls = []
 
-    class Compiled(torch.nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.net, self.prediction, self.calls = net, net.prediction, 0
-            made.append(self)
+    def compile(block, **how):
+        assert how == {"fullgraph": True}
+        block._compiled_call_impl = lambda *args: calls.append(block) or block._call_impl(*args)  # as torch does
 
-        def forward(self, *args):
-            self.calls += 1
-            return self.net(*args)
-
-    monkeypatch.setattr(torch, "compile", Compiled)
-    assert call(train, *latents)[0] == 0 and not made
-    assert not any(isinstance(x.net, Compiled) for x in losses)
+    monkeypatch.setattr(Block, "compile", compile)
+    assert call(train, *latents)[0] == 0 and not calls
     losses.clear()
     assert call(train, *latents, "--compile", "--out", "o")[0] == 0
-    assert len(made) == 1 and isinstance(made[0].net, AVDiT) and all(x.net is made[0] for x in losses)
-    assert made[0].calls == 4 + sum(x.coin for x in losses)
-    assert equal(checkpoint(Path("runs/z"))["model"], checkpoint(Path("o"))["model"])  # it is the network that is saved
+    passes = 4 + sum(x.coin for x in losses)
+    assert calls == [*losses[0].net.blocks] * passes and all(x.net is losses[0].net for x in losses)
+    assert equal(checkpoint(Path("runs/z"))["model"], checkpoint(Path("o"))["model"])
 
 
 # --- Devices and precision --------------------------------------------------------------------------------------------
