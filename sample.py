@@ -1,7 +1,7 @@
 """Sample a trained AVDiT on every task, then see it and hear it [Sec. 3.3, Sec. 6.2]. See `python sample.py --help`.
 
-sample() loads a checkpoint, chooses what is given, generates, decodes and writes. Below it stands what it uses: masks,
-generation window after window, the checkpoint, pictures and sound, the command line."""
+sample() loads a checkpoint, chooses what is given, generates, decodes and writes. Below it stands what it uses: the
+checkpoint, masks, generation window after window, pictures and sound, the command line."""
 
 import math
 import sys
@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from avdit import PRESETS, SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, generate, task_mask
-from data import Media, clip_windows, open_data
+from data import Media, clip_windows, in_chunks, open_data
 from train import DEVICES, DTYPES, Parser, end_step, number, open_device, opened, precision
 
 
 def sample(args):
     """Write args.n samples of every task to args.out. Raises ValueError if the arguments are wrong."""
-    trained, out = Trained(args.ckpt, open_device(args.device), args.seconds), Path(args.out)
-    masks = choose_masks(args, trained)  # {task: bool (S,) of the whole clip}, True = given
-    true, index = true_clips(trained, args, masks)  # where the given parts come from
-    z_true = trained.encode(true, args.n)  # a list of (n, E), one per window
-    if trained.data.decodes and true:
-        write_media(out / "true", package(trained, true, torch.ones(trained.whole.S, dtype=torch.bool)))
+    trained, out = Trained(args.ckpt, open_device(args.device)), Path(args.out)
+    windows = Windows(trained, args.seconds)
+    masks = choose_masks(args, trained, windows.whole)  # {task: bool (S,)}, True = given
+    true, index = true_clips(args, trained, windows, masks)  # where the given parts come from
+    if trained.data.decodes and any(given.any() for given in masks.values()):
+        write_media(out / "true", package(trained, windows, windows.cut(true), torch.ones(windows.whole.S).bool()))
     for task, given in masks.items():
-        arrays = package(trained, generate_clips(trained, args, z_true, given, task), given)
+        arrays = package(trained, windows, generate_clips(args, trained, windows, true, given, task), given)
         if given.any():
             arrays |= {"condition": index.numpy(), **{f"{name}_true": x.numpy() for name, x in true.items()}}
         (out / task).mkdir(parents=True, exist_ok=True)
@@ -38,13 +38,35 @@ def sample(args):
             write_media(out / task, arrays, sheet=task)
         print(f"wrote {out / task}")
     if trained.data.decodes:
-        print(f"open {write_page(out, trained.whole, masks, args.n)} to see and hear them")
+        print(f"open {write_page(out, windows.whole, masks, args.n)} to see and hear them")
+
+
+class Trained:
+    """A checkpoint ready to be sampled: the network with averaged weights, its layout, its tokenizers, its data."""
+
+    def __init__(self, path, device):
+        path, self.device = Path(path), device
+        path = path if path.suffix == ".pt" else path / "ckpt.pt"
+        if not path.exists():
+            raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it")
+        with opened(path) as saved:
+            config = saved["config"]
+            self.preset, self.held_out = PRESETS[config["preset"]], saved["held_out"]
+            self.media = Media(config["fps"], config["size"], config["sample_rate"])
+            self.layout = Layout([Modality(**m) for m in saved["modalities"]])
+            self.data = open_data(config["data"], self.media, self.layout)
+            self.model = self.preset.model(self.layout, config["prediction"])
+            self.model.load_state_dict(saved["ema"])
+            self.tokenizers = self.data.tokenizers()
+            self.tokenizers.load_state_dict(saved["tokenizers"])
+        self.model.to(device).eval()
+        self.schedule = NoiseSchedule().to(device)
 
 
 # --- What is given ----------------------------------------------------------------------------------------------------
 
 
-def choose_masks(args, trained):
+def choose_masks(args, trained, whole):
     """-> {task: bool (S,)} of the whole clip. ValueError if arguments contradict each other or the checkpoint."""
     mistakes = [
         (args.given and args.task != "all", "--given and --task each say what is given: use one"),
@@ -55,13 +77,11 @@ def choose_masks(args, trained):
     for wrong, message in mistakes:
         if wrong:
             raise ValueError(message)
-    trained.layout.of(args.guidance_drop)  # raises if one is unknown
+    whole.of(args.guidance_drop)  # raises if one is unknown
     if args.given:
-        return {"custom": parse_given(args.given, trained.whole)}
-    tasks = TASKS if args.task == "all" else (args.task,)
-    if args.task == "all" and not {"video", "audio"} <= {*trained.layout.names}:
-        tasks = [task for task in TASKS if task not in ("a2v", "v2a")]
-    return {task: task_mask(task, trained.whole) for task in tasks}
+        return {"custom": parse_given(args.given, whole)}
+    possible = [task for task in TASKS if task not in ("a2v", "v2a") or {"video", "audio"} <= {*whole.names}]
+    return {task: task_mask(task, whole) for task in (possible if args.task == "all" else [args.task])}
 
 
 def parse_given(spans, layout):
@@ -82,15 +102,14 @@ def parse_given(spans, layout):
     return given
 
 
-def true_clips(trained, args, masks):
-    """-> the clips that given parts are cut from (n of them; {} if nothing is given), and the index of each (n,).
-
-    They come from --input or from the held-out clips, and reach the last given segment at least."""
-    ends = [trained.whole.ends[given].max().item() for given in masks.values() if given.any()]
+def true_clips(args, trained, windows, masks):
+    """-> the clips that given parts are cut from, n of them, and the index (n,) of each. They come from --input or from
+    the held-out clips, and last until the last given segment ends, or longer."""
+    ends = [windows.whole.ends[given].max().item() for given in masks.values() if given.any()]
+    seconds = max(windows.span, min(windows.seconds, max(ends, default=0)))
     if not ends:
-        return {}, torch.arange(0)
-    seconds = max(trained.span, *ends)
-    if args.input:
+        clips = trained.tokenizers.decode(torch.zeros(1, trained.layout.E))  # blank
+    elif args.input:
         try:
             clips = clip_windows(args.input, trained.layout, trained.media, seconds)
         except ValueError as why:
@@ -103,40 +122,85 @@ def true_clips(trained, args, masks):
 
 
 # --- Generation, window after window ----------------------------------------------------------------------------------
-# A clip longer than the model's window is made of windows that overlap by 5 frames (0.625 s), as task "continue" gives:
-#
-#     video segments of the whole clip   0  1  2  3  4  5  6  7  8  9  10
-#     of window 0                        0  1  2  3  4
-#     of window 1                                 0  1  2  3  4
-#     of window 2                                          0  1  2  3  4
-#
-# A window after the first is given its first two segments: 5 frames, the last 5 frames of the window before.
 
 
-def generate_clips(trained, args, z_true, given, label):
-    """Generate what is not given, and decode -> clips. z_true: one (n, E) per window; given: (S,) of the whole clip.
+class Windows:
+    """How windows of the model's length make a clip of `seconds`. Each starts where the one before has 5 frames left,
+    the frames that task "continue" gives, here for 5.125 s:
 
-    Shared frames are encoded anew, because a window's first segment is one frame alone. Shared sound keeps its latents,
-    because its segments are equally long. So the sound is decoded once, and no seam is heard."""
-    generator, tokenizers = torch.Generator().manual_seed(args.seed), trained.tokenizers
-    skip, frames, latents, video, audio = trained.skip, trained.shared_frames, {}, [], []
-    for k, (z, given_k) in enumerate(zip(z_true, trained.windows(given))):
+        video segments of the whole clip   0  1  2  3  4  5  6  7  8  9  10
+        of window 0                        0  1  2  3  4
+        of window 1                                 0  1  2  3  4
+        of window 2                                          0  1  2  3  4
+
+    A window lasts `span` seconds, and the next one starts `stride` seconds later. They share the segments `shared`,
+    bool (S,): skip[name] segments of each modality. `whole` is the Layout of the whole clip."""
+
+    def __init__(self, trained, seconds=None):
+        self.layout, self.rates = trained.layout, {"video": trained.media.fps, "audio": trained.media.sample_rate}
+        edges, self.shared = self.layout.modalities[0].edges, task_mask("continue", self.layout)
+        self.skip = {name: int(mask.sum()) for name, mask in self.layout.split(self.shared).items()}
+        self.span, self.stride = edges[-1], edges[-1] - edges[min(2, len(edges) - 1)]
+        if seconds and (seconds < self.span or not trained.data.decodes):
+            raise ValueError(f"--seconds is for clips, and at least {self.span:g}, one window")
+        self.seconds = seconds or self.span
+        self.count = 1 + math.ceil((seconds - self.span) / self.stride - 1e-6) if seconds else 1
+        self.whole = Layout([longer(m, seconds) for m in self.layout.modalities]) if seconds else self.layout
+
+    def masks(self, given):
+        """Mask (S,) of the whole clip -> (count, S): what each window is given. All but the first are given `shared`."""
+        parts = []
+        for m, mask in zip(self.layout.modalities, self.whole.split(given).values()):
+            step = max(1, m.N - self.skip[m.name])
+            parts.append(F.pad(mask, (0, m.N + (self.count - 1) * step - len(mask))).unfold(0, m.N, step))
+        return torch.cat(parts, 1) | (self.shared & (torch.arange(self.count)[:, None] > 0))
+
+    def window(self, clips, k):
+        """The k-th window of the clips. The last frame and the last sound sample are repeated if they end earlier."""
+        at = {n: round(k * self.stride * r) + torch.arange(round(self.span * r)) for n, r in self.rates.items()}
+        return {name: x[:, at[name].clamp(max=x.shape[1] - 1)] for name, x in clips.items()}
+
+    def cut(self, clips):
+        """The clips without what follows `seconds`."""
+        return {name: x[:, : round(self.seconds * self.rates[name])] for name, x in clips.items()}
+
+
+def longer(m, seconds):
+    """The modality with more segments as long as its last one, until `seconds` are covered."""
+    end, step = m.edges[-1], m.edges[-1] - m.edges[-2]
+    count = math.ceil((seconds - end) / step - 1e-6)
+    return replace(m, edges=(*m.edges, *(end + step * (i + 1) for i in range(count))))
+
+
+def generate_clips(args, trained, windows, true, given, label):
+    """Generate what is not given, and decode -> clips. given: bool (S,) of the whole clip; its parts are cut from `true`.
+
+    The shared frames are encoded anew, because a window's first segment is one frame alone. The shared sound keeps its
+    latents, because its segments are equally long. So the sound is decoded once, and no seam is heard."""
+    generator, tokenizers, layout = torch.Generator().manual_seed(args.seed), trained.tokenizers, trained.layout
+    if not trained.data.decodes:
+        return tokenizers.decode(denoise(args, trained, tokenizers.encode(true), given, generator, label))
+    frames, segments = round((windows.span - windows.stride) * trained.media.fps), windows.skip["audio"]  # shared
+    video, audio = [], []  # of each window: frames, and latents of the sound
+    for k, given_k in enumerate(windows.masks(given)):
+        clips = windows.window(true, k)
         if k:
-            before = {name: x.roll(skip[name], 1) for name, x in latents.items()}  # the shared segments come first now
-            before["video"][:, : skip["video"]] = tokenizers["video"].encode(video[-1][:, -frames:])
-            z = torch.where(trained.layout.per_element(trained.shared), trained.layout.pack(before), z)
-            given_k = given_k | trained.shared
-        z = denoise(trained, args, z, given_k, generator, f"{label}, window {k + 1} of {len(z_true)}")
-        if len(z_true) == 1:
-            return tokenizers.decode(z)
-        latents = trained.layout.unpack(z)
-        video.append(tokenizers["video"].decode(latents["video"])[:, frames * (k > 0) :])
-        audio.append(latents["audio"][:, skip["audio"] * (k > 0) :])
-    clips = {"video": torch.cat(video, 1), "audio": tokenizers["audio"].decode(torch.cat(audio, 1))}
-    return trained.cut(clips, 0, trained.seconds)
+            clips["video"][:, :frames] = video[-1][:, -frames:]
+        z_true = tokenizers.encode(clips)
+        if k:
+            layout.unpack(z_true)["audio"][:, :segments] = audio[-1][:, -segments:]  # writes into z_true
+        z = denoise(args, trained, z_true, given_k, generator, f"{label}, window {k + 1} of {windows.count}")
+        # A given segment is the residual of the true first frame. If that one is not given, the decoded z_true shows it.
+        shown = [in_chunks(tokenizers["video"].decode, layout.unpack(x)["video"]) for x in (z_true, z)]
+        given_frames = per_frame(given_k, layout, trained.media)["video"]
+        video.append(torch.where(given_frames[:, None, None, None], *shown))
+        audio.append(layout.unpack(z)["audio"])
+    video = torch.cat([video[0], *(x[:, frames:] for x in video[1:])], 1)
+    audio = torch.cat([audio[0], *(x[:, segments:] for x in audio[1:])], 1)
+    return windows.cut({"video": video, "audio": in_chunks(tokenizers["audio"].decode, audio)})
 
 
-def denoise(trained, args, z0, given, generator, label):
+def denoise(args, trained, z0, given, generator, label):
     """avdit.generate for the samples z0 (n, E), 64 at a time, with a progress line -> (n, E)."""
     parts, shows = [], sys.stdout.isatty()
 
@@ -157,90 +221,26 @@ def denoise(trained, args, z0, given, generator, label):
     return torch.cat(parts)
 
 
-class Trained:
-    """A checkpoint ready to be sampled: the network with averaged weights, its tokenizers, its layout, its data.
-
-    A window lasts `span` seconds; the next one starts `stride` seconds later. They share the segments `shared`, bool
-    (S,): skip[name] segments of each modality, `shared_frames` frames. `count` windows make a clip of `seconds` with
-    the layout `whole`, which goes on with segments as long as each modality's last."""
-
-    def __init__(self, path, device, seconds=None):
-        path, self.device = Path(path), device
-        path = path if path.suffix == ".pt" else path / "ckpt.pt"
-        if not path.exists():
-            raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it")
-        with opened(path) as saved:
-            config = saved["config"]
-            self.preset, self.held_out = PRESETS[config["preset"]], saved["held_out"]
-            self.media = Media(config["fps"], config["size"], config["sample_rate"])
-            self.layout = Layout([Modality(**m) for m in saved["modalities"]])
-            self.data = open_data(config["data"], self.media, self.layout)
-            self.model = self.preset.model(self.layout, config["prediction"])
-            self.model.load_state_dict(saved["ema"])
-            self.tokenizers = self.data.tokenizers()
-            self.tokenizers.load_state_dict(saved["tokenizers"])
-        self.model.to(device).eval()
-        self.schedule = NoiseSchedule().to(device)
-        self.rates = {"video": self.media.fps, "audio": self.media.sample_rate}
-        edges, self.shared = self.layout.modalities[0].edges, task_mask("continue", self.layout)
-        self.span, shared_end = edges[-1], edges[min(2, len(edges) - 1)]
-        self.stride, self.shared_frames = self.span - shared_end, round(shared_end * self.media.fps)
-        self.skip = {name: int(mask.sum()) for name, mask in self.layout.split(self.shared).items()}
-        if seconds and (seconds < self.span or not self.data.decodes):
-            raise ValueError(f"--seconds is for clips, and at least {self.span:g}, one window")
-        self.seconds, longer = seconds or self.span, []
-        self.count = 1 + math.ceil((seconds - self.span) / self.stride - 1e-6) if seconds else 1
-        for m in self.layout.modalities:
-            step = m.edges[-1] - m.edges[-2]
-            count = int((self.seconds - m.edges[-1]) / step + 1e-6) if seconds else 0
-            longer.append(replace(m, edges=(*m.edges, *(m.edges[-1] + step * (i + 1) for i in range(count)))))
-        self.whole = Layout(longer)
-
-    def windows(self, given):
-        """Mask (S,) of the whole clip -> (count, S): what each window is given of it."""
-        parts = []
-        for m, mask in zip(self.layout.modalities, self.whole.split(given).values()):
-            step = max(1, m.N - self.skip[m.name])
-            parts.append(F.pad(mask, (0, m.N + (self.count - 1) * step - len(mask))).unfold(0, m.N, step))
-        return torch.cat(parts, 1)
-
-    def encode(self, clips, n):
-        """Latents of each window of the clips, a list of (n, E); zeros if there are no clips."""
-        if not clips:
-            return [torch.zeros(n, self.layout.E)] * self.count
-        parts = (self.window(clips, k) if self.data.decodes else clips for k in range(self.count))
-        return [self.tokenizers.encode(part) for part in parts]
-
-    def window(self, clips, k):
-        """The k-th window of the clips. Zeros follow if they end before it does."""
-        part = self.cut(clips, k * self.stride, k * self.stride + self.span)
-        missing = {name: round(self.span * rate) - part[name].shape[1] for name, rate in self.rates.items()}
-        return {name: torch.cat([x, x.new_zeros(len(x), missing[name], *x.shape[2:])], 1) for name, x in part.items()}
-
-    def cut(self, clips, start, end):
-        """Seconds `start` to `end` of the clips."""
-        spans = {name: slice(round(start * rate), round(end * rate)) for name, rate in self.rates.items()}
-        return {name: x[:, spans[name]] for name, x in clips.items()}
-
-    def per_frame(self, given, layout):
-        """Mask (S,) of this layout -> {"video": bool (frames,), "audio": bool (sound samples,)}."""
-        masks, durations = layout.split(given), layout.split(layout.ends - layout.starts)
-        repeats = {name: (durations[name] * rate).round().long() for name, rate in self.rates.items()}
-        return {name: masks[name].repeat_interleave(repeats[name]) for name in self.rates}
+# --- Pictures and sound -----------------------------------------------------------------------------------------------
 
 
-def package(trained, clips, given):
+def per_frame(given, layout, media):
+    """Mask (S,) of this layout -> {"video": bool (frames,), "audio": bool (sound samples,)}."""
+    masks, durations = layout.split(given), layout.split(layout.ends - layout.starts)
+    rates = {"video": media.fps, "audio": media.sample_rate}
+    return {name: masks[name].repeat_interleave((durations[name] * rates[name]).round().long()) for name in rates}
+
+
+def package(trained, windows, clips, given):
     """Clips and masks as numpy arrays: the contents of samples.npz, but for the true clips."""
     out = {name: x.numpy() for name, x in clips.items()}
     if trained.data.decodes:
-        for name, mask in trained.per_frame(given, trained.whole).items():
-            out[f"given_{name}"] = F.pad(mask, (0, out[name].shape[1] - len(mask))).numpy()  # may end inside a segment
+        masks = per_frame(given, windows.whole, trained.media)  # the last segment may end later than the clip
+        out |= {f"given_{name}": mask[: out[name].shape[1]].numpy() for name, mask in masks.items()}
         return out | {"fps": trained.media.fps, "sample_rate": trained.media.sample_rate}
     out |= {f"given_{name}": mask.numpy() for name, mask in trained.layout.split(given).items()}
     return out | {f"{m.name}_edges": np.array(m.edges) for m in trained.layout.modalities}
 
-
-# --- Pictures and sound -----------------------------------------------------------------------------------------------
 
 GREY, GREEN = (150, 150, 150), (60, 180, 75)  # given, generated: the colours of the paper's Fig. 9
 
@@ -309,9 +309,11 @@ def write_media(folder, out, sheet=None):
     """An mp4 and a WAV of every sample, and a sheet of the first 8 if it has a title."""
     rate, given = out["sample_rate"], (out["given_video"], out["given_audio"])
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():  # an earlier run may have made more samples
-        if path.suffix in (".mp4", ".wav", ".png") and (path.stem.isdecimal() or path.stem == "sheet"):
-            path.unlink()
+    more = len(out["video"])
+    while (folder / f"{more:02}.mp4").exists():  # an earlier run made more samples
+        (folder / f"{more:02}.mp4").unlink()
+        (folder / f"{more:02}.wav").unlink(missing_ok=True)
+        more += 1
     for i, (video, audio) in enumerate(zip(out["video"], out["audio"])):
         wav = folder / f"{i:02}.wav"
         soundfile.write(wav, audio, rate)
@@ -330,8 +332,7 @@ def write_page(out, layout, masks, n):
             f"<style>{style} figure {{margin: 0; max-width: 45%}} img, video {{max-width: 100%}}</style>",
             "<p>Grey was given, green was generated.</p>"]  # fmt: skip
     for task, given in masks.items():
-        spans = {name: seconds[given & layout.of([name])].sum() for name in layout.names}
-        spans = [f"{x:g} s of {name}" for name, x in spans.items() if x]
+        spans = [f"{x:g} s of {m}" for m in layout.names if (x := seconds[given & layout.of([m])].sum())]
         page.append(f"<h2>{task}</h2><p>Given: {' and '.join(spans) or 'nothing'}.</p><div>")
         for i in range(n):
             for folder in (task, "true") if given.any() else (task,):

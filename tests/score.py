@@ -126,7 +126,7 @@ def score(trained, task, clips, true, given, real, learned):
     real, learned  latents of other real clips and of the training clips
     Scores run over the generated frames and the sound at them; motion, spread and nearest over the whole clip.
     """
-    seen_given, heard_given = trained.per_frame(given, trained.layout).values()
+    seen_given, heard_given = sample.per_frame(given, trained.layout, trained.media).values()
     at_frame = torch.arange(FRAMES) * RATE // FPS
     frames = ~(seen_given & heard_given[at_frame])
     position, hue, radius = read_video(clips["video"])
@@ -185,34 +185,37 @@ def toy_scores(trained):
 
 def table(args, trained, tasks):
     """Print one row per task, or one row per window of a longer clip. The first row is real clips, encoded and decoded."""
+    windows = sample.Windows(trained, args.seconds)
+    windows.seconds = windows.span + (windows.count - 1) * windows.stride  # whole windows are scored
     toy = isinstance(trained.data, ToyWorld)
-    clips = trained.data.held_out_clips(trained.held_out, args.n, trained.seconds)
-    first, z = trained.window(clips, 0), trained.encode(clips, args.n)
+    clips = trained.data.held_out_clips(trained.held_out, args.n, windows.seconds)
+    first = windows.window(clips, 0)
     measure = toy_scores(trained) if toy else talking.Scores(trained, nearest)
     names, nothing = SCORES if toy else talking.SCORES, task_mask("joint", trained.layout)
 
     def row(name, task, made, true, given):
         s = measure(task, made, true, given)
         if toy and task == "a2v":  # once more, 16 samples of every sound, to see how they spread
-            again = sample.generate_clips(trained, args, [z[0][torch.arange(args.n) // 16]], given, task)
+            same = {name: x[torch.arange(args.n) // 16] for name, x in clips.items()}
+            again = sample.generate_clips(args, trained, windows, same, given, task)
             s["spread"] = spread(again["video"], 16)
         cells = (f"{float(s[k]):14.3f}" if k in s else f"{'-':>14}" for k in names)
         print(f"{name:12}" + "".join(cells), flush=True)
 
     frechet_is = "; Frechet distances of latents to 1024 other clips, not FVD or FAD" if toy else ""
-    print(f"{len(z[0])} samples per task{frechet_is}")
+    print(f"{len(first['video'])} samples per task{frechet_is}")
     print(" " * 12 + "".join(f"{k:>14}" for k in names))
     if not toy:
         row("real", "", first, first, nothing)
         still = {name: x.clone() for name, x in first.items()}  # the last given frame stands still
         still["video"][:, 5:] = still["video"][:, 4:5]
         row("still", "continue", still, first, task_mask("continue", trained.layout))
-    row("tokenizer", "", trained.tokenizers.decode(z[0]), first, nothing)
+    row("tokenizer", "", trained.tokenizers.decode(trained.tokenizers.encode(first)), first, nothing)
     for task, given in tasks.items():
-        made = sample.generate_clips(trained, args, z, given, task)
-        for k, mask in enumerate(trained.windows(given)):
-            name = f"{task} {k + 1}" if trained.count > 1 else task
-            row(name, task, trained.window(made, k), trained.window(clips, k), mask | trained.shared if k else mask)
+        made = sample.generate_clips(args, trained, windows, clips, given, task)
+        for k, mask in enumerate(windows.masks(given)):
+            name = f"{task} {k + 1}" if windows.count > 1 else task
+            row(name, task, windows.window(made, k), windows.window(clips, k), mask)
 
 
 def make_parser():
@@ -228,8 +231,9 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     with parser.guarding("use a smaller --n"):
-        trained = sample.Trained(args.ckpt, open_device(args.device), args.seconds)
-        tasks, toy = sample.choose_masks(args, trained), isinstance(trained.data, ToyWorld)
+        trained = sample.Trained(args.ckpt, open_device(args.device))
+        whole = sample.Windows(trained, args.seconds).whole
+        tasks, toy = sample.choose_masks(args, trained, whole), isinstance(trained.data, ToyWorld)
         mistakes = [
             (not trained.data.decodes, "scores are for the toy world and for folders of clips, not for files of latents"),
             (toy and (args.n % 16 or args.n > 1024), "--n must be a multiple of 16 up to 1024"),
@@ -241,7 +245,6 @@ def main():
         for wrong, message in mistakes:
             if wrong:
                 parser.error(message)
-        trained.seconds = trained.span + (trained.count - 1) * trained.stride  # whole windows are scored
         with method(args):
             table(args, trained, tasks)
 

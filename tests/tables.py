@@ -226,14 +226,15 @@ def figure(args, found, path):
         trained = sample.Trained(args.out / folder_name(model, 0, args.steps), open_device(args.device))
         settings = score.make_parser().parse_args(extra)
         given = task_mask("continue", trained.layout)
-        clips = trained.data.held_out_clips(trained.held_out, args.clip + 1, trained.span)
+        windows = sample.Windows(trained)
+        clips = trained.data.held_out_clips(trained.held_out, args.clip + 1, windows.span)
         true = {name: x[args.clip :] for name, x in clips.items()}
         with score.method(settings):
-            made = sample.generate_clips(trained, settings, trained.encode(true, 1), given, way)
+            made = sample.generate_clips(settings, trained, windows, true, given, way)
         rows |= {"true": true, way: made}
     if rows:
         video, audio = (torch.cat([row[name] for row in rows.values()]).numpy() for name in ("video", "audio"))
-        masks = [mask.numpy() for mask in trained.per_frame(given, trained.layout).values()]
+        masks = [mask.numpy() for mask in sample.per_frame(given, trained.layout, trained.media).values()]
         title = "continue, one held-out clip, the truth on top"
         sample.write_sheet(path, title, video, audio, masks, trained.media.sample_rate, names=list(rows))
 

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from sample import per_frame
+
 SCORES = ("noise_first", "noise", "sync", "sync_other", "identity", "sound", "nearest")
 MOUTH = (0.65, 0.97, 0.31, 0.72)  # top, bottom, left, right, as shares of the picture
 BANDS, STEPS = 20, 4  # of log_mel: bands, steps a frame of video
@@ -120,7 +122,7 @@ class Scores:
         identity    PSNR outside the mouth, where a part of the picture was given
         sound       distance from the true clip's sound in dB
         """
-        seen_given, heard_given = self.trained.per_frame(given, self.trained.layout).values()
+        seen_given, heard_given = per_frame(given, self.trained.layout, self.trained.media).values()
         makes_video, makes_audio = not seen_given.all(), not heard_given.all()
         frames = ~seen_given if makes_video else torch.ones_like(seen_given)
         s = dict(zip(("sync", "sync_other"), self.sync(clips["video"], clips["audio"], frames)))

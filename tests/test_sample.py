@@ -160,7 +160,7 @@ def test_many_samples_are_made_64_at_a_time_with_noise_of_their_own(model, monke
     monkeypatch.setattr(sample, "generate", noise)
     trained, args = sample.Trained(model, CPU), sample.make_parser("", 1).parse_args([])
     z0, (a, b) = torch.arange(66.0)[:, None].repeat(1, LAYOUT.E), (torch.Generator().manual_seed(7) for _ in "ab")
-    made = sample.denoise(trained, args, z0, task_mask("joint", LAYOUT), a, "")
+    made = sample.denoise(args, trained, z0, task_mask("joint", LAYOUT), a, "")
     want = torch.cat([torch.randn(n, LAYOUT.E, generator=b) for n in (64, 2)])
     assert sizes == [64, 2]
     torch.testing.assert_close(made - z0, want, atol=1e-4, rtol=0)
@@ -389,16 +389,15 @@ def test_a_sheet_has_at_most_8_samples_and_24_frames(tmp_path, monkeypatch):
 
 
 def test_fewer_samples_leave_none_of_a_former_run(call, model, tmp_path):
+    """And nothing else is deleted."""
     for folder in ("samples/a2v", "samples/true"):
         (tmp_path / folder).mkdir(parents=True)
-        for name in ("00.mp4", "07.mp4", "07.wav", "100.wav", "sheet.png"):
+        for name in ("00.mp4", "01.mp4", "01.wav", "02.mp4", "02.wav", "2023.mp4", "my 01.mp4"):
             (tmp_path / folder / name).write_text("old")
-        (tmp_path / folder / "my 07.mp4").write_text("mine")
     assert call(sample, "--ckpt", model, "--task", "a2v", "--n", 1, "--steps", 1)[0] == 0
     for folder, more in (("samples/a2v", ["samples.npz", "sheet.png"]), ("samples/true", [])):
         names = sorted(path.name for path in (tmp_path / folder).iterdir())
-        assert names == ["00.mp4", "00.wav", "my 07.mp4", *more]
-        assert (tmp_path / folder / "00.mp4").stat().st_size > 1000
+        assert names == ["00.mp4", "00.wav", "2023.mp4", "my 01.mp4", *more]
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -469,9 +468,9 @@ def windows(monkeypatch):
     """What each call of sample.denoise gets and returns: (z0, given, state of the generator, z)."""
     windows, denoise = [], sample.denoise
 
-    def spy(trained, args, z0, given, generator, label):
+    def spy(args, trained, z0, given, generator, label):
         state = generator.get_state()
-        z = denoise(trained, args, z0, given, generator, label)
+        z = denoise(args, trained, z0, given, generator, label)
         windows.append((z0, given, state, z))
         return z
 
@@ -520,7 +519,7 @@ def test_a_long_clip_is_windows_that_share_five_frames(call, model, windows, sou
 def test_seconds_is_the_length_of_the_clips(call, model, quick, monkeypatch, tmp_path, seconds, count):
     labels = []
     monkeypatch.setattr(
-        sample, "denoise", lambda trained, args, z0, given, generator, label: (labels.append(label), z0)[1]
+        sample, "denoise", lambda args, trained, z0, given, generator, label: (labels.append(label), z0)[1]
     )
     status, _, err = call(sample, "--ckpt", model, "--task", "v2a", "--n", 1, "--seconds", seconds)
     assert status == 0, err
@@ -528,16 +527,17 @@ def test_seconds_is_the_length_of_the_clips(call, model, quick, monkeypatch, tmp
     out = np.load(tmp_path / "samples/v2a/samples.npz")
     assert out["video"].shape[1] == round(8 * seconds) and out["audio"].shape[1] == round(8000 * seconds)
     assert len(out["given_video"]) == out["video"].shape[1] and len(out["given_audio"]) == out["audio"].shape[1]
+    assert out["given_video"].all() and not out["given_audio"].any()  # to the last frame, also of a part of a segment
 
 
 def longer(tokenizers, clips, frames):
-    """Latents of each window of clips that last that many frames; zeros follow where they end."""
+    """Latents of each window of clips that last that many frames; the last frame and sample go on where they end."""
     z = []
     for start in range(0, frames - 5, 12):
         video, audio = clips["video"][:, start : start + 17], clips["audio"][:, 1000 * start : 1000 * (start + 17)]
-        blank = torch.zeros(len(video), 17, 32, 32, 3, dtype=torch.uint8), torch.zeros(len(audio), 17000)
-        blank[0][:, : video.shape[1]], blank[1][:, : audio.shape[1]] = video, audio
-        z.append(tokenizers.encode({"video": blank[0], "audio": blank[1]}))
+        video = torch.cat([video] + (17 - video.shape[1]) * [video[:, -1:]], 1)
+        audio = torch.cat([audio, audio[:, -1:].expand(-1, 17000 - audio.shape[1])], 1)
+        z.append(tokenizers.encode({"video": video, "audio": audio}))
     return z
 
 
@@ -570,14 +570,14 @@ def test_one_mask_lies_over_the_whole_clip(call, model, quick, windows, sounds, 
 def test_inpaint_of_a_long_clip_has_its_two_ends(call, model, quick, windows, tmp_path):
     assert call(sample, "--ckpt", model, "--task", "inpaint", "--n", 2, "--steps", 1, "--seconds", 5)[0] == 0
     out = np.load(tmp_path / "samples/inpaint/samples.npz")
-    assert out["given_video"].nonzero()[0].tolist() == [0, 33, 34, 35, 36]  # 1 + 4 x 9 frames are whole segments
-    assert out["given_audio"].nonzero()[0].tolist() == [*range(1000), *range(33000, 37000)]
-    assert [segments(given)["video"] for _, given, _, _ in windows] == [[0], [0, 1], [0, 1, 3]]
+    assert out["given_video"].nonzero()[0].tolist() == [0, 37, 38, 39]  # of 1 + 4 x 10 frames, the last is cut off
+    assert out["given_audio"].nonzero()[0].tolist() == [*range(1000), *range(37000, 40000)]
+    assert [segments(given)["video"] for _, given, _, _ in windows] == [[0], [0, 1], [0, 1, 4]]
     _, tokenizers = network_and_tokenizers(model)
     true = data.toy_clips(2, 1, frames=40)[0]
     back = tokenizers["video"].decode(LAYOUT.unpack(longer(tokenizers, true, 40)[2])["video"]).numpy()
-    assert (out["video"][:, 33:37] == back[:, 9:13]).all() and (out["video"][:, 32] != back[:, 8]).any()
-    assert out["video_true"].shape[1] == 37  # the true clips reach the last given segment
+    assert (out["video"][:, 37:] == back[:, 13:16]).all() and (out["video"][:, 36] != back[:, 12]).any()
+    assert out["video_true"].shape[1] == 40
 
 
 def test_a2v_of_a_long_clip_has_all_sound(call, model, quick, windows, sounds, tmp_path):
@@ -610,7 +610,7 @@ def test_a_clip_needs_to_reach_its_last_given_segment_only(call, model, quick, t
         (("--task", "continue"), ""),
         (("--given", "audio:3-4"), ""),
         (("--given", "audio:3-4.4"), "4.38 s are needed"),
-        (("--task", "v2a"), "7.62 s are needed"),
+        (("--task", "v2a"), "8.00 s are needed"),
         (("--task", "a2v"), "8.00 s are needed"),
     ):
         status, _, err = call(sample, *arguments, *flags)
@@ -639,6 +639,31 @@ def test_a_folders_held_out_clip_is_sampled(call, quick, tmp_path):
         assert (true == audio[start : start + 17000].numpy()).all()
     error = np.abs(out["video"][:, :5].astype(int) - out["video_true"][:, :5]).mean()
     assert error < 4  # both clips have the same picture, so the tokenizer knows it
+
+
+def test_given_frames_are_shown_right_where_the_first_frame_is_generated(call, quick, tmp_path, monkeypatch):
+    """A folder's later segments are residuals of the first frame: of the true one in the first window, of a generated
+    one in the second."""
+    (tmp_path / "clips").mkdir()
+    for i in range(8):
+        (tmp_path / f"clips/{i}.mp4").touch()
+    scenes = torch.rand(4, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+
+    def decode_clip(path, media):  # every clip shows four still scenes, each in a brightness of its own
+        generator = torch.Generator().manual_seed(1 + int(path.stem))
+        video = (120 * torch.rand(40, 4, generator=generator) @ scenes.flatten(1)).clamp(max=255).byte()
+        return video.view(40, 32, 32, 3), torch.rand(40000, generator=generator)
+
+    monkeypatch.setattr(data, "decode_clip", decode_clip)
+    flags = ("--data", "clips", "--size", 32, "--sample-rate", 8000, "--preset", "toy", "--out", "runs/f")
+    assert call(train, *flags, "--steps", 1, "--batch", 2)[0] == 0
+    spans = ("--given", "video:1.625-2.125", "video:3.125-3.625", "--seconds", 3.625)
+    status, _, err = call(sample, "--ckpt", "runs/f", *spans, "--n", 1, "--steps", 2)
+    assert status == 0, err
+    out = np.load(tmp_path / "samples/custom/samples.npz")
+    assert out["given_video"].nonzero()[0].tolist() == [*range(13, 17), *range(25, 29)]
+    error = np.abs(out["video"].astype(int) - out["video_true"])[0].mean((1, 2, 3))
+    assert error[out["given_video"]].max() < 1 < 5 < error[~out["given_video"]].min(), error.round(1)
 
 
 def test_latents_to_latents(call, latents, tmp_path):

@@ -89,13 +89,13 @@ def test_lip_sync_knows_who_says_what():
     assert sync(wrong, clips["audio"], some)[0] > 0.75
 
 
-def test_scores_of_real_clips_and_of_mixed_ones():
+def test_scores_of_real_clips_and_of_mixed_ones(monkeypatch):
     """Real clips score what the words mean; and other clips' sounds, pictures and noise show."""
     learned, clips = speakers(480, 0), speakers(20, 1)  # of which it takes every eighth
     encode = lambda clips: clips["audio"][:, :5]
     trained = SimpleNamespace(data=SimpleNamespace(training_clips=lambda: (learned, [])), layout=None, media=MEDIA,
-                              tokenizers=SimpleNamespace(encode=encode),
-                              per_frame=lambda given, layout: {"video": given[:17], "audio": given[17:]})  # fmt: skip
+                              tokenizers=SimpleNamespace(encode=encode))  # fmt: skip
+    monkeypatch.setattr(talking, "per_frame", lambda given, *_: {"video": given[:17], "audio": given[17:]})
     scores, nothing = talking.Scores(trained, lambda z, others: z.sum(1)), torch.zeros(34017, dtype=torch.bool)
     real = scores("", clips, clips, nothing)
     assert real["sync"] > 0.8 and abs(real["sync_other"]) < 0.1
