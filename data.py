@@ -75,9 +75,11 @@ def render(draws, frames=FRAMES):
 
 
 class Components(nn.Module):
-    """Principal components: x (..., D) <-> z (..., C). Whitening would weigh faint components like strong ones. Without
-    scaling they would never be learned. So each is divided by the square root of its standard deviation. A random
-    rotation then mixes them, and each channel gets zero mean and unit variance, or is zero beyond the data's rank."""
+    """Principal components, x (..., D) <-> z (..., C): z = (x - mean) V diag(sigma)^(-1/2) R diag(std)^(-1).
+
+    The columns of V are components, sigma their standard deviations. Division by sigma would make faint components as
+    large as strong ones; undivided, they would never be learned. R is a random rotation that mixes the channels, and std
+    gives each channel unit variance. Channels beyond the data's rank are zero."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -90,14 +92,14 @@ class Components(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.mean.copy_(x.mean(0))
-            _, scale, basis = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)
-            rank = int((scale[:rank] > 1e-5 * x.norm()).sum())  # fainter components are rounding errors
-            basis = basis * basis.gather(0, basis.abs().argmax(0)[None]).sign()  # makes the arbitrary signs unique
-            rotation = torch.linalg.qr(torch.randn(rank, rank))[0]
-        root = (scale[:rank] / len(x) ** 0.5).sqrt()  # square roots of the standard deviations
-        std = (((x - self.mean) @ basis[:, :rank] / root) @ rotation).norm(dim=0) / len(x) ** 0.5
-        self.into[:, :rank] = (basis[:, :rank] / root) @ rotation / std
-        self.back[:rank] = std[:, None] * rotation.T @ (basis[:, :rank] * root).T
+            _, S, V = torch.svd_lowrank(x - self.mean, min(rank + 16, *x.shape), niter=4)  # x - mean = U diag(S) V^T
+            rank = int((S[:rank] > 1e-5 * x.norm()).sum())  # fainter components are rounding errors
+            R = torch.linalg.qr(torch.randn(rank, rank))[0]
+        V = (V * V.gather(0, V.abs().argmax(0)[None]).sign())[:, :rank]  # makes the arbitrary signs unique
+        root = (S[:rank] / len(x) ** 0.5).sqrt()  # sqrt(sigma)
+        std = ((x - self.mean) @ V / root @ R).norm(dim=0) / len(x) ** 0.5
+        self.into[:, :rank] = V / root @ R / std
+        self.back[:rank] = std[:, None] * R.T @ (V * root).T  # the inverse on the space of the components
 
     def encode(self, x):
         return (x - self.mean) @ self.into
@@ -151,7 +153,7 @@ class PatchTokenizer(nn.Module):
 
 class SpectrumTokenizer(nn.Module):
     """float32 sound (n, samples) <-> z (n, N, d): components of the square-root magnitudes of a segment's 8 spectra,
-    one per hop, in windows of about two hops. Griffin-Lim finds phases. Sound after the last segment is trimmed."""
+    one per hop, in windows of about two hops. Griffin-Lim finds the phases. Sound after the last segment is trimmed."""
 
     def __init__(self, modality, sample_rate):
         super().__init__()
@@ -171,14 +173,15 @@ class SpectrumTokenizer(nn.Module):
         sound = overlap_add(torch.fft.irfft(spectrum, self.size, dim=1) * window).flatten(1)
         return sound / overlap_add((window**2).expand(1, -1, spectrum.shape[-1])).flatten(1).clamp(min=1e-8)
 
-    def griffin_lim(self, magnitude, rounds=60, momentum=0.99):  # (n, lines, hops) -> (n, samples)
+    def griffin_lim(self, magnitude, rounds=60, momentum=0.99):
+        """(n, lines, hops) -> (n, samples), by the fast Griffin-Lim algorithm (Perraudin et al. 2013)."""
         generator = torch.Generator().manual_seed(0)  # the same first phases for every clip, whatever the batch
         phase = 2 * math.pi * torch.rand(magnitude.mT.shape[1:], generator=generator).T.to(magnitude.device)
         angle, before = torch.polar(torch.ones_like(phase), phase), 0
         for _ in range(rounds):
-            now = self.stft(self.istft(magnitude * angle))
-            angle, before = now - before * momentum / (1 + momentum), now
-            angle = angle / angle.abs().clamp(min=1e-8)
+            now = self.stft(self.istft(magnitude * angle))  # the spectrum of a real sound
+            angle, before = now - before * momentum / (1 + momentum), now  # extrapolated
+            angle = angle / angle.abs().clamp(min=1e-8)  # its phases, for the wanted magnitudes
         start = (self.size - self.hop) // 2
         return self.istft(magnitude * angle)[:, start : start + magnitude.shape[-1] * self.hop]
 
@@ -316,9 +319,7 @@ class Folder:
         per_hop = HOPS * media.fps
         if media.sample_rate % per_hop or media.sample_rate < 8 * per_hop:
             nearest = per_hop * max(8, round(media.sample_rate / per_hop))
-            raise ValueError(
-                f"--sample-rate must be a multiple of {HOPS} x --fps, at least {8 * per_hop}: use {nearest}"
-            )
+            raise ValueError(f"--sample-rate must be a multiple of {per_hop}, at least {8 * per_hop}: use {nearest}")
         side = media.size // self.PATCH
         # Few tokens with many channels cost a fraction of many small tokens, and show as much.
         self.layout = layout or Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))

@@ -1,7 +1,7 @@
 """Train AVDiT on the toy world, a folder of clips or a file of latents [Alg. 2, App. B]. See `python train.py --help`.
 
-train() is Alg. 2 as a loop. Below it stands what it uses: what a step draws, devices and processes, optimizers, the
-run with its checkpoint and log, the command line."""
+train() is Alg. 2 as a loop. Below it stands what it uses: what a step draws, the optimizers, the run with its checkpoint
+and log, devices and processes, the command line."""
 
 import argparse
 import copy
@@ -47,8 +47,9 @@ def train(args):
     layout, run = data.layout, Run(args, data, machine)
     z = run.begin()  # latents of all training clips, (n, E)
     schedule = NoiseSchedule().to(machine.device)
-    for block in run.model.blocks if args.compile and not machine.mesh else ():  # XLA always compiles
-        block.compile(fullgraph=True)  # one program, which all blocks share
+    if args.compile and not machine.mesh:  # XLA always compiles
+        for block in run.model.blocks:
+            block.compile(fullgraph=True)  # one program, which all blocks share
     net = machine.share(run.model)
     for step in range(run.step, args.steps):
         index, t, self_conditioning = draw(args, step, len(z), layout, schedule.T)  # lines 2 and 4
@@ -96,108 +97,6 @@ def average(ema, model, step, decay):
     """Moving average of the weights [App. B]. The decay is lower at first, so that untrained weights are forgotten."""
     for slow, p in zip(ema.parameters(), model.parameters()):
         slow.lerp_(p, 1 - min(decay, (1 + step) / (10 + step)))
-
-
-# --- Devices and processes. All calls of torch_xla in this project are here. ------------------------------------------
-
-DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps", "xla"), ("auto", "fp32", "bf16")
-
-
-def open_device(name):
-    """-> torch.device. Raises ValueError, listing this machine's devices, if `name` is not one of them."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    here = [found.type] if found and found.type in DEVICES else []
-    here += ["cpu"] + ["xla"] * bool(importlib.util.find_spec("torch_xla"))  # auto never takes xla
-    name = here[0] if name == "auto" else name
-    if name not in here:
-        raise ValueError(f"no {name} here: use {', '.join(here)} or auto")
-    if name == "xla":
-        import torch_xla
-
-        return torch_xla.device()
-    return torch.device(name)
-
-
-def end_step(device):
-    """XLA records operations until this call, which compiles them as one program if they are new, and runs them."""
-    if device.type == "xla":
-        import torch_xla
-
-        torch_xla.sync()
-
-
-@contextmanager
-def precision(name, device, layout):
-    """The precision of a forward pass: "fp32", "bf16" products, or "auto": bf16 if the chip has instructions for it."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # TPUs have it, MPS is not tried
-        chip = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        native = device.type == "xla" or chip.get("avx512_bf16") or chip.get("amx_bf16")
-    enabled = name == "bf16" or (name == "auto" and bool(native))
-    # On a CPU, PyTorch's fused attention is slow in bf16. The plain one keeps L^2 numbers per head and layer.
-    plain = enabled and device.type == "cpu" and sum(m.N * m.P for m in layout.modalities) < 512
-    attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-    # autocast must not cache bf16 weights: the pass with gradient would find those of the pass without.
-    with attention, torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
-        yield
-
-
-class Machine:
-    """One device; or `world` processes with a device each, started by torchrun, which share every batch and average
-    gradients; or one process that spreads every batch over all XLA devices (SPMD). Only rank 0 prints and saves."""
-
-    def __init__(self, name):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.mesh = None
-        if name == "xla" and self.world > 1:
-            raise ValueError("--device xla spreads one process over all devices: start it without torchrun")
-        if name == "xla" and importlib.util.find_spec("torch_xla"):
-            from torch_xla import runtime
-            from torch_xla.distributed import spmd
-
-            runtime.use_spmd()  # must come before the first tensor on the device
-            count = runtime.global_runtime_device_count()
-            self.mesh = spmd.Mesh(range(count), (count,), ("batch",))
-        self.device = open_device(name)
-        if self.world > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-    def rows(self, batch, accumulate):
-        """The rows of a batch for this process, one tensor per micro-batch. Raises ValueError if sizes would differ."""
-        devices = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
-        if batch % (accumulate * devices):
-            raise ValueError(f"--batch {batch} is not a multiple of --accumulate {accumulate} x {devices} devices")
-        return [part.chunk(self.world)[self.rank] for part in torch.arange(batch).chunk(accumulate)]
-
-    def put(self, *tensors):
-        """Tensors (examples, ...) -> the same on the device. With SPMD each XLA device holds some of the examples."""
-        tensors = [x.to(self.device) for x in tensors]
-        if self.mesh:
-            from torch_xla.distributed import spmd
-
-            for x in tensors:
-                spmd.mark_sharding(x, self.mesh, ("batch", *[None] * (x.ndim - 1)))
-        return tensors
-
-    def share(self, model):
-        """The model; with several processes, wrapped so that they average their gradients."""
-        if self.world == 1:
-            return model
-        net = DistributedDataParallel(model, broadcast_buffers=False)
-        net.prediction = model.prediction
-        return net
-
-    def total(self, x):
-        """x summed over the processes, which wait for each other here. XLA's devices have the sum already."""
-        x = x.clone()
-        if dist.is_initialized() and x.device.type != "xla":
-            dist.all_reduce(x)
-        return x
 
 
 # --- Optimizers -------------------------------------------------------------------------------------------------------
@@ -408,6 +307,108 @@ class Log:
         speed = (step - self.began[0]) / (time.monotonic() - self.began[1])
         minutes, seconds = divmod(round((steps - step) / speed), 60)
         print(f"step {step}/{steps}  mse {values[0]:.4f}  {speed:.1f} steps/s  {minutes}:{seconds:02} left", flush=True)
+
+
+# --- Devices and processes. All calls of torch_xla in this project are here. ------------------------------------------
+
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps", "xla"), ("auto", "fp32", "bf16")
+
+
+def open_device(name):
+    """-> torch.device. Raises ValueError, listing this machine's devices, if `name` is not one of them."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    here = [found.type] if found and found.type in DEVICES else []
+    here += ["cpu"] + ["xla"] * bool(importlib.util.find_spec("torch_xla"))  # auto never takes xla
+    name = here[0] if name == "auto" else name
+    if name not in here:
+        raise ValueError(f"no {name} here: use {', '.join(here)} or auto")
+    if name == "xla":
+        import torch_xla
+
+        return torch_xla.device()
+    return torch.device(name)
+
+
+def end_step(device):
+    """XLA records operations until this call, which compiles them as one program if they are new, and runs them."""
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()
+
+
+@contextmanager
+def precision(name, device, layout):
+    """The precision of a forward pass: "fp32", "bf16" products, or "auto": bf16 if the chip has instructions for it."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # TPUs have it, MPS is not tried
+        chip = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        native = device.type == "xla" or chip.get("avx512_bf16") or chip.get("amx_bf16")
+    enabled = name == "bf16" or (name == "auto" and bool(native))
+    # On a CPU, PyTorch's fused attention is slow in bf16. The plain one keeps L^2 numbers per head and layer.
+    plain = enabled and device.type == "cpu" and sum(m.N * m.P for m in layout.modalities) < 512
+    attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    # autocast must not cache bf16 weights: the pass with gradient would find those of the pass without.
+    with attention, torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
+        yield
+
+
+class Machine:
+    """One device; or `world` processes with a device each, started by torchrun, which share every batch and average
+    gradients; or one process that spreads every batch over all XLA devices (SPMD). Only rank 0 prints and saves."""
+
+    def __init__(self, name):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.mesh = None
+        if name == "xla" and self.world > 1:
+            raise ValueError("--device xla spreads one process over all devices: start it without torchrun")
+        if name == "xla" and importlib.util.find_spec("torch_xla"):
+            from torch_xla import runtime
+            from torch_xla.distributed import spmd
+
+            runtime.use_spmd()  # must come before the first tensor on the device
+            count = runtime.global_runtime_device_count()
+            self.mesh = spmd.Mesh(range(count), (count,), ("batch",))
+        self.device = open_device(name)
+        if self.world > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def rows(self, batch, accumulate):
+        """The rows of a batch for this process, one tensor per micro-batch. Raises ValueError if sizes would differ."""
+        devices = self.world * (len(self.mesh.device_ids) if self.mesh else 1)
+        if batch % (accumulate * devices):
+            raise ValueError(f"--batch {batch} is not a multiple of --accumulate {accumulate} x {devices} devices")
+        return [part.chunk(self.world)[self.rank] for part in torch.arange(batch).chunk(accumulate)]
+
+    def put(self, *tensors):
+        """Tensors (examples, ...) -> the same on the device. With SPMD each XLA device holds some of the examples."""
+        tensors = [x.to(self.device) for x in tensors]
+        if self.mesh:
+            from torch_xla.distributed import spmd
+
+            for x in tensors:
+                spmd.mark_sharding(x, self.mesh, ("batch", *[None] * (x.ndim - 1)))
+        return tensors
+
+    def share(self, model):
+        """The model; with several processes, wrapped so that they average their gradients."""
+        if self.world == 1:
+            return model
+        net = DistributedDataParallel(model, broadcast_buffers=False)
+        net.prediction = model.prediction
+        return net
+
+    def total(self, x):
+        """x summed over the processes, which wait for each other here. XLA's devices have the sum already."""
+        x = x.clone()
+        if dist.is_initialized() and x.device.type != "xla":
+            dist.all_reduce(x)
+        return x
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
