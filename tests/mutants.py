@@ -111,7 +111,7 @@ HAND = {  # module: (what is there, what a tired student makes of it)
         ("residual=True)\n\n    def training_clips", "residual=False)\n\n    def training_clips"),
         ("rank = int((S[:rank] > 1e-5 * x.norm()).sum())", "pass"),
         ("V * V.gather(0, V.abs().argmax(0)[None]).sign()", "V"),
-        ("root = (S[:rank] / len(x) ** 0.5).sqrt()", "root = scale[:rank] / len(x) ** 0.5"),
+        ("root = (S[:rank] / len(x) ** 0.5).sqrt()", "root = S[:rank] / len(x) ** 0.5"),
         ("torch.randperm(len(x), generator=generator)[:clips]", "torch.arange(len(x))[:clips]"),
         ("generator=generator) < share", "generator=generator) < 2"),
         ("audio.abs().max() < 1e-4", "False"),
