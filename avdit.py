@@ -4,7 +4,7 @@ This is the method of "A Versatile Diffusion Transformer with Mixture of Noise L
 it from top to bottom with the paper beside it. A tag such as [Eq. 5] stands beside the line that implements it. DIFFERS
 FROM PAPER marks a misprint of the paper; README.md lists our own choices. `python avdit.py` draws timestep vectors.
 
-The same letters are used in comments, code and tests:
+Letters in comments and tests (the code writes `batch` for B, `channels` for d_m and `dim` for d):
     B      batch size                        M      number of modalities (video, audio, ...)
     N_m    time-segments of modality m       S      time-segments of all modalities, sum of N_m
     P_m    tokens per segment of m           L      tokens of all modalities, sum of N_m P_m
@@ -155,8 +155,8 @@ def task_mask(task, layout):
 
 
 def coincident(layout):
-    """(S,): the reference's segment that contains each segment's midpoint, else its last [Sec. 3.1, footnote 4]."""
-    boundaries = layout.starts[1 : layout.lengths[0]]
+    """(S,): index of the reference's segment at each segment's midpoint, or nearest to it [Sec. 3.1, footnote 4]."""
+    boundaries = layout.starts[1 : layout.lengths[0]]  # the reference comes first
     return torch.bucketize((layout.starts + layout.ends) / 2, boundaries, right=True)
 
 
@@ -205,8 +205,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        # Two pairs of shift and scale, and no gates as in DiT: the paper names no gates, and with them the blocks alone
-        # would have 453 M parameters, more than the paper's 420 M for the whole network.
+        # Two shifts and two scales, without DiT's gates: with these the blocks alone would pass the paper's 420 M weights.
         self.ada = nn.Linear(dim, 4 * dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attend = nn.Linear(dim, dim)
@@ -265,14 +264,15 @@ class AVDiT(nn.Module):
         """z_t (B, E), t (B, S), previous estimate of z0 (B, E) or None -> prediction (B, E)."""
         # The first estimates can be far off, above all at t = T. The clamp keeps them from drowning everything else.
         z0_prev = torch.zeros_like(z) if z0_prev is None else z0_prev.clamp(-10, 10)
-        parts, tokens, positions = zip(self.layout.unpack(z).values(), self.layout.unpack(z0_prev).values()), [], []
-        for m, (z_m, prev_m) in zip(self.layout.modalities, parts):
-            x = self.project_in[m.name](torch.cat([z_m, prev_m], -1)).reshape(-1, m.N, m.P, self.dim)
+        latents, estimates = self.layout.unpack(z), self.layout.unpack(z0_prev)
+        tokens, positions = [], []
+        for m in self.layout.modalities:
+            x = torch.cat([latents[m.name], estimates[m.name]], -1)
+            x = self.project_in[m.name](x).reshape(-1, m.N, m.P, self.dim)
             x = x + (self.time[m.name][:, None] + self.space[m.name]).to(x.dtype)  # (B, N_m, P_m, d), bf16 if autocast
             tokens.append(x.flatten(1, 2))
             positions.append(self.time[m.name] + self.space[m.name].mean(0))  # (N_m, d); the mean tells the modality
-        # Sec. 4 embeds the timestep vector together with positions. So a layer can treat the same noise level
-        # differently in different segments and modalities.
+        # Sec. 4 embeds timesteps together with positions: a segment or modality may treat a noise level in its own way.
         positions = torch.cat(positions).expand(len(t), -1, -1)
         cond = self.embed(torch.cat([sinusoid(t, self.dim), positions], -1))  # (B, S, d)
         x = torch.cat(tokens, 1)  # (B, L, d)
@@ -308,8 +308,8 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
     With one shared t the loss is [Eq. 1, Eq. 2]; with t from a mixture task:NAME it is [Eq. 3]. The loss is a mean over
     examples, so the losses of equal parts of a batch average to the loss of the batch.
 
-    self_conditioning  first call the model without gradient, and show it its own estimate of z0. The caller tosses this
-                       coin once per step, at rate 0.9 [App. B].
+    self_conditioning  first call the model without gradient, and show it its own estimate of z0. The caller decides at
+                       random, once per step, with probability 0.9 [App. B].
     """
     a, s = schedule.scales(layout, t)
     z_t = a * z0 + s * eps  # [Eq. 5]
@@ -322,13 +322,13 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
     # because their error is fine detail. Elements at t = 0 have s = 0 and never count.
     weight = (6.25 * s**2).clamp(max=1) if model.prediction == "z0" else (s > 0).float()
     error = (model(z_t, t, z0_prev) - target) ** 2
-    loss = ((weight * error).sum(1) / weight.sum(1).clamp(min=1e-8)).mean()  # [Eq. 6]
+    loss = ((weight * error).sum(1) / weight.sum(1).clamp(min=1e-8)).mean()  # [Eq. 6], there with eps and no weight
     return loss, error.detach()
 
 
 # --- Samplers [Alg. 3, Alg. 4, App. B] --------------------------------------------------------------------------------
 # One step down, elementwise [Eq. 4]: `now` is (a, s) at t and `then` is (a, s) at t_next, (B, E) each. `noise()` draws
-# standard normal noise like z. generate() restores given elements afterwards.
+# standard normal noise like z. generate() puts the given elements back before the next step.
 
 
 def ddpm_step(z, z0_hat, eps_hat, now, then, noise):
@@ -374,7 +374,7 @@ def guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, noise):
     """Classifier-free guidance for free [App. E]: extrapolate from the unconditional through the conditional estimates.
 
     The unconditional pass replaces the `dropped` segments (B, S) by pure noise at t = T [Fig. 10, Fig. 11], a kind of
-    input that the network knows from training. z0_prev is zero there too; elsewhere both passes see the same.
+    input that the network knows from training. z0_prev is zero there too; elsewhere both passes see the same z0_prev.
 
     DIFFERS FROM PAPER: [Eq. 15] puts noise in the wanted part; by the prose and Fig. 10 it belongs in the GIVEN part.
     """
@@ -456,8 +456,8 @@ class Preset:
 
 
 PRESETS = {
-    # The toy world of data.py. It predicts z0: with eps the modalities stay unrelated, and v blurs the ball, probably
-    # because a network of width 128 cannot pass on the noise of a token's 128 channels.
+    # The toy world of data.py. It predicts z0: eps leaves picture and sound unrelated, and both eps and v leave noise in
+    # the picture, probably because a network of width 128 cannot pass on the noise of a token's 128 channels.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0",
                   sampler="ddpm", sampling_steps=40),
     # Some hundreds of real clips of 64 x 64 pixels, as data.py reads them.
@@ -479,7 +479,7 @@ def tour():
     def draw(title, t):
         for m, row in zip(layout.modalities, layout.split(t).values()):
             widths = [round((end - start) * 32) for start, end in pairwise(m.edges)]
-            picture = "".join(shades[x * 9 // 1000] * width for x, width in zip(row.tolist(), widths))
+            picture = "".join(shades[-(-x * 9 // 1000)] * width for x, width in zip(row.tolist(), widths))
             print(f"  {title:12} {m.name:6} |{picture}|")
             title = ""
 

@@ -1,7 +1,7 @@
 """The data: a toy world, folders of clips, files of latents; and the tokenizers between clips and latents.
 
 Clips are dicts {"video": uint8 (n, F, H, W, 3), "audio": float32 (n, samples)}. A .npz's latents stand in for clips.
-The three kinds of data that `--data` can name are ToyWorld, Folder and Latents, below the tokenizers.
+First come the three kinds of data that `--data` can name; then the toy world, the tokenizers, and how files are read.
 """
 
 import math
@@ -27,13 +27,123 @@ from torch import nn
 from avdit import PRESETS, Layout, Modality, av_modalities
 
 Media = namedtuple("Media", "fps size sample_rate")  # the format of clips; size is their height and width in pixels
+TOY, FRAMES = Media(8, 32, 8000), 17  # of the toy world
+HOPS = 8  # spectra in one audio segment
+
+# --- The three kinds of data ------------------------------------------------------------------------------------------
+# Each has a default preset and format. A checkpoint brings its layout: sampling needs no data if nothing is given.
+
+
+def kind_of(path):
+    """The class for what `--data` names."""
+    return ToyWorld if path == "toy" else Latents if str(path).lower().endswith(".npz") else Folder
+
+
+def open_data(path, media, layout=None):
+    """An object of that class. Raises ValueError if the data or the format cannot be used."""
+    kind = kind_of(path)
+    if kind is not Folder and media != kind.media:
+        raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {path}")
+    return kind(path, media, layout)
+
+
+class ToyWorld:
+    """4096 training clips (seed 0) and 1024 held-out clips (seed 1)."""
+
+    preset, media, decodes = "toy", TOY, True  # decodes: latents become picture and sound
+
+    def __init__(self, path, media, layout=None):
+        self.layout = layout or Layout(PRESETS["toy"].modalities)
+
+    def tokenizers(self):
+        return media_tokenizers(self.layout, TOY, residual=False)  # the whole scene moves
+
+    def training_clips(self):
+        """-> clips, names of held-out files."""
+        return toy_clips(4096, 0)[0], []
+
+    def held_out_clips(self, names, count, seconds):
+        """-> clips: at most `count` of them, `seconds` long. `names` are those of the held-out files."""
+        return toy_clips(min(count, 1024), 1, round(seconds * TOY.fps))[0]
+
+
+class Folder:
+    """Clips with picture and sound, in any container that ffmpeg reads. A tenth of the usable files is held out."""
+
+    preset, media, decodes = "clips", Media(8, 64, 16000), True
+    PATCH = 32  # pixels of a token
+
+    def __init__(self, path, media, layout=None):
+        self.path, self.media = Path(path), media
+        if layout is None and not self.path.is_dir():
+            raise ValueError(f"--data {path} is neither toy nor a folder nor a .npz file")
+        if media.size % self.PATCH:
+            raise ValueError(f"--size {media.size} is not a multiple of {self.PATCH}")
+        per_hop = HOPS * media.fps
+        if media.sample_rate % per_hop or media.sample_rate < 8 * per_hop:
+            nearest = per_hop * max(8, round(media.sample_rate / per_hop))
+            raise ValueError(f"--sample-rate must be a multiple of {per_hop}, at least {8 * per_hop}: use {nearest}")
+        side = media.size // self.PATCH
+        # Few tokens with many channels cost a fraction of many small tokens, and show as much.
+        self.layout = layout or Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
+
+    def tokenizers(self):
+        return media_tokenizers(self.layout, self.media, residual=True)
+
+    def training_clips(self):
+        """-> clips, names of held-out files. A window starts at every frame; windows share memory."""
+        paths = sorted(path for path in self.path.iterdir() if path.is_file() and not path.name.startswith("."))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for one ffmpeg
+            parts = dict(usable(paths, lambda path: clip_windows(path, self.layout, self.media, every=1), pool.map))
+        if not parts:
+            raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}")
+        names = held_out(parts)
+        return joined([parts[name] for name in parts if name not in names or len(parts) == 1]), names
+
+    def held_out_clips(self, names, count, seconds):
+        paths = [self.path / name for name in names]
+        found = usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds))
+        parts = [clips for _, clips in islice(found, count)]
+        if not parts:
+            raise ValueError(f"none of the {len(names)} held-out files of {self.path} can be used: use --input")
+        return {name: torch.stack(x[:count]) for name, x in joined(parts).items()}
+
+
+class Latents:
+    """A .npz of latents. Every tenth clip is held out."""
+
+    preset, media, decodes = "clips", TOY, False  # media: a placeholder, flags for it are refused
+
+    def __init__(self, path, media, layout=None):
+        self.path, self.layout = path, layout or read_latents(path)[1]
+
+    def tokenizers(self):
+        return Tokenizers(self.layout, {m.name: Standardize(m) for m in self.layout.modalities})
+
+    def training_clips(self):
+        latents, _ = read_latents(self.path)
+        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, []
+
+    def held_out_clips(self, names, count, seconds):
+        return {name: x[::10][:count] for name, x in read_latents(self.path)[0].items()}
+
+
+def held_out(names):
+    """A tenth of the names, by a hash, so that one more file does not move any other; but one at least, and not all."""
+    rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
+    tenth = sorted(name for name in names if rank[name] % 10 == 0)
+    return tenth if 0 < len(tenth) < len(rank) else [min(names, key=rank.get)]
+
+
+def joined(parts):
+    """Dicts of lists -> the dict of the joined lists."""
+    return {name: [x for part in parts for x in part[name]] for name in parts[0]}
+
 
 # --- The toy world: a ball you can hear. Pitch is height, timbre is colour. -------------------------------------------
 
-TOY, FRAMES = Media(8, 32, 8000), 17
 PIXELS = torch.arange(TOY.size) / (TOY.size - 1)  # where pixel k lies, as a share of the picture
 THIRDS = 2 * math.pi * torch.arange(3) / 3  # the three colour channels on the hue circle
-HOPS = 8  # spectra in one audio segment
 
 
 def mirror(q):
@@ -53,7 +163,7 @@ def collate(parts):
 
 
 def render(draws, frames=FRAMES):
-    """Six uniform numbers per clip, (n, 6) -> clips, truth."""
+    """Six uniform numbers per clip, (n, 6): start and velocity (x, y each), hue, phase of the sound -> clips, truth."""
     start, velocity, hue, phase = 2 * draws[:, None, :2], 2 * draws[:, None, 2:4] - 1, draws[:, 4:5], draws[:, 5:6]
     position = mirror(start + velocity * torch.arange(frames)[:, None] / TOY.fps)  # (n, frames, 2)
     x, y = (0.18 + 0.64 * position).float()[..., None, None, :].unbind(-1)
@@ -78,8 +188,8 @@ class Components(nn.Module):
     """Principal components, x (..., D) <-> z (..., C): z = (x - mean) V diag(sigma)^(-1/2) R diag(std)^(-1).
 
     The columns of V are components, sigma their standard deviations. Division by sigma would make faint components as
-    large as strong ones; undivided, they would never be learned. R is a random rotation that mixes the channels, and std
-    gives each channel unit variance. Channels beyond the data's rank are zero."""
+    large as strong ones; undivided, they would never be learned. The random rotation R makes the channels equally
+    important, and std gives them unit variance. Channels beyond the data's rank are zero."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -265,116 +375,6 @@ def features_of(function, x, clips=1024, most=2**26):
         return vectors[torch.rand(len(vectors), generator=generator) < share]
 
     return in_chunks(some, chosen)
-
-
-# --- The three kinds of data ------------------------------------------------------------------------------------------
-# Each has a default preset and format. A checkpoint brings its layout: sampling needs no data if nothing is given.
-
-
-def kind_of(path):
-    """The class for what `--data` names."""
-    return ToyWorld if path == "toy" else Latents if str(path).lower().endswith(".npz") else Folder
-
-
-def open_data(path, media, layout=None):
-    """An object of that class. Raises ValueError if the data or the format cannot be used."""
-    kind = kind_of(path)
-    if kind is not Folder and media != kind.media:
-        raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {path}")
-    return kind(path, media, layout)
-
-
-class ToyWorld:
-    """4096 training clips (seed 0) and 1024 held-out clips (seed 1)."""
-
-    preset, media, decodes = "toy", TOY, True  # decodes: latents become picture and sound
-
-    def __init__(self, path, media, layout=None):
-        self.layout = layout or Layout(PRESETS["toy"].modalities)
-
-    def tokenizers(self):
-        return media_tokenizers(self.layout, TOY, residual=False)  # the whole scene moves
-
-    def training_clips(self):
-        """-> clips, names of held-out files."""
-        return toy_clips(4096, 0)[0], []
-
-    def held_out_clips(self, names, count, seconds):
-        """-> clips: at most `count` of them, `seconds` long. `names` are those of the held-out files."""
-        return toy_clips(min(count, 1024), 1, round(seconds * TOY.fps))[0]
-
-
-class Folder:
-    """Clips with picture and sound, in any container that ffmpeg reads. A tenth of the usable files is held out."""
-
-    preset, media, decodes = "clips", Media(8, 64, 16000), True
-    PATCH = 32  # pixels of a token
-
-    def __init__(self, path, media, layout=None):
-        self.path, self.media = Path(path), media
-        if layout is None and not self.path.is_dir():
-            raise ValueError(f"--data {path} is neither toy nor a folder nor a .npz file")
-        if media.size % self.PATCH:
-            raise ValueError(f"--size {media.size} is not a multiple of {self.PATCH}")
-        per_hop = HOPS * media.fps
-        if media.sample_rate % per_hop or media.sample_rate < 8 * per_hop:
-            nearest = per_hop * max(8, round(media.sample_rate / per_hop))
-            raise ValueError(f"--sample-rate must be a multiple of {per_hop}, at least {8 * per_hop}: use {nearest}")
-        side = media.size // self.PATCH
-        # Few tokens with many channels cost a fraction of many small tokens, and show as much.
-        self.layout = layout or Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
-
-    def tokenizers(self):
-        return media_tokenizers(self.layout, self.media, residual=True)
-
-    def training_clips(self):
-        """-> clips, names of held-out files. A window starts at every frame; windows share memory."""
-        paths = sorted(path for path in self.path.iterdir() if path.is_file() and not path.name.startswith("."))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for one ffmpeg
-            parts = dict(usable(paths, lambda path: clip_windows(path, self.layout, self.media, every=1), pool.map))
-        if not parts:
-            raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}")
-        names = held_out(parts)
-        return joined([parts[name] for name in parts if name not in names or len(parts) == 1]), names
-
-    def held_out_clips(self, names, count, seconds):
-        paths = [self.path / name for name in names]
-        found = usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds))
-        parts = [clips for _, clips in islice(found, count)]
-        if not parts:
-            raise ValueError(f"none of the {len(names)} held-out files of {self.path} can be used: use --input")
-        return {name: torch.stack(x[:count]) for name, x in joined(parts).items()}
-
-
-class Latents:
-    """A .npz of latents. Every tenth clip is held out."""
-
-    preset, media, decodes = "clips", TOY, False  # media: unused, but flags for it are refused
-
-    def __init__(self, path, media, layout=None):
-        self.path, self.layout = path, layout or read_latents(path)[1]
-
-    def tokenizers(self):
-        return Tokenizers(self.layout, {m.name: Standardize(m) for m in self.layout.modalities})
-
-    def training_clips(self):
-        latents, _ = read_latents(self.path)
-        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, []
-
-    def held_out_clips(self, names, count, seconds):
-        return {name: x[::10][:count] for name, x in read_latents(self.path)[0].items()}
-
-
-def held_out(names):
-    """A tenth of the names, by a hash, so that one more file does not move any other. At least one, never all of two."""
-    rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
-    tenth = sorted(name for name in names if rank[name] % 10 == 0)
-    return tenth if 0 < len(tenth) < len(rank) else [min(names, key=rank.get)]
-
-
-def joined(parts):
-    """Dicts of lists -> the dict of the joined lists."""
-    return {name: [x for part in parts for x in part[name]] for name in parts[0]}
 
 
 # --- Reading files ----------------------------------------------------------------------------------------------------

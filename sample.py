@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from avdit import PRESETS, SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, generate, task_mask
 from data import Media, clip_windows, in_chunks, open_data
-from train import DEVICES, DTYPES, Parser, end_step, number, open_device, opened, precision
+from train import DEVICES, DTYPES, Parser, flush, number, open_device, opened, precision
 
 
 def sample(args):
@@ -104,7 +104,7 @@ def parse_given(spans, layout):
 
 def true_clips(args, trained, windows, masks):
     """-> the clips that given parts are cut from, n of them, and the index (n,) of each. They come from --input or from
-    the held-out clips, and last until the last given segment ends, or longer."""
+    the held-out clips. They last one window at least, and cover every given segment."""
     ends = [windows.whole.ends[given].max().item() for given in masks.values() if given.any()]
     seconds = max(windows.span, min(windows.seconds, max(ends, default=0)))
     if not ends:
@@ -125,13 +125,13 @@ def true_clips(args, trained, windows, masks):
 
 
 class Windows:
-    """How windows of the model's length make a clip of `seconds`. Each starts where the one before has 5 frames left,
-    the frames that task "continue" gives, here for 5.125 s:
+    """How windows of the model's length make a clip of `seconds`. Each begins with the last 5 frames of the one before,
+    which it is given, as in task "continue". Here for 5.125 s, a digit for each frame's video segment:
 
-        video segments of the whole clip   0  1  2  3  4  5  6  7  8  9  10
-        of window 0                        0  1  2  3  4
-        of window 1                                 0  1  2  3  4
-        of window 2                                          0  1  2  3  4
+        of the whole clip   01111222233334444555566667777888899990000
+        of window 0         01111222233334444
+        of window 1                     01111222233334444
+        of window 2                                 01111222233334444
 
     A window lasts `span` seconds, and the next one starts `stride` seconds later. They share the segments `shared`,
     bool (S,): skip[name] segments of each modality. `whole` is the Layout of the whole clip."""
@@ -149,7 +149,7 @@ class Windows:
 
     def masks(self, given):
         """Mask (S,) of the whole clip -> (count, S): what each window is given. All but the first are given `shared`."""
-        parts = []
+        parts = []  # window k of modality m starts at its segment k * step
         for m, mask in zip(self.layout.modalities, self.whole.split(given).values()):
             step = max(1, m.N - self.skip[m.name])
             parts.append(F.pad(mask, (0, m.N + (self.count - 1) * step - len(mask))).unfold(0, m.N, step))
@@ -190,7 +190,7 @@ def generate_clips(args, trained, windows, true, given, label):
         if k:
             layout.unpack(z_true)["audio"][:, :segments] = audio[-1][:, -segments:]  # writes into z_true
         z = denoise(args, trained, z_true, given_k, generator, f"{label}, window {k + 1} of {windows.count}")
-        # A given segment is the residual of the true first frame. If that one is not given, the decoded z_true shows it.
+        # A folder's later segments are residuals of the TRUE first frame. Decode given ones with it, not with another.
         shown = [in_chunks(tokenizers["video"].decode, layout.unpack(x)["video"]) for x in (z_true, z)]
         given_frames = per_frame(given_k, layout, trained.media)["video"]
         video.append(torch.where(given_frames[:, None, None, None], *shown))
@@ -205,7 +205,7 @@ def denoise(args, trained, z0, given, generator, label):
     parts, shows = [], sys.stdout.isatty()
 
     def on_step(step, steps):
-        end_step(trained.device)
+        flush(trained.device)
         if shows:
             print(f"\r{label}: samples {64 * len(parts)}.. of {len(z0)}, step {step}/{steps}  ", end="", flush=True)
 
@@ -232,7 +232,7 @@ def per_frame(given, layout, media):
 
 
 def package(trained, windows, clips, given):
-    """Clips and masks as numpy arrays: the contents of samples.npz, but for the true clips."""
+    """Clips and masks as numpy arrays: what samples.npz holds where nothing is given."""
     out = {name: x.numpy() for name, x in clips.items()}
     if trained.data.decodes:
         masks = per_frame(given, windows.whole, trained.media)  # the last segment may end later than the clip

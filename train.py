@@ -62,19 +62,19 @@ def train(args):
                 loss, error = training_loss(net, schedule, layout, z0, t_rows, eps, self_conditioning)  # lines 5 to 11
             (loss / args.accumulate).backward()  # DistributedDataParallel averages over processes
             run.log.add(error, t_rows, schedule.T)
-            end_step(machine.device)
+            flush(machine.device)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         for optimizer in run.optimizers.values():
             optimizer.step()
-        average(run.ema, run.model, step, args.ema)
-        end_step(machine.device)
+        update_ema(run.ema, run.model, step, args.ema)
+        flush(machine.device)
         run.after_step(step + 1)
     print(f"done: {run.path}")
 
 
 # --- What a step draws, and the average of the weights ----------------------------------------------------------------
-# A draw depends on (seed, step, row of the batch) alone. So a resumed run, another number of processes and another
-# device all see the same batches.
+# For given settings a draw depends on (seed, step, row of the batch) alone. So a resumed run, another number of
+# processes and another device all see the same batches.
 
 
 def draw(args, step, examples, layout, T):
@@ -87,14 +87,14 @@ def draw(args, step, examples, layout, T):
 
 
 def draw_noise(seed, step, rows, E):
-    """eps (len(rows), E) of these rows of the batch. SeedSequence ignores a last 0, so rows count from 1 in it."""
+    """eps (len(rows), E) of these rows of the batch. With row 0, [seed, step, row] would be the seed of draw()."""
     words = [np.random.SeedSequence([seed, step, row + 1]).generate_state(1) for row in rows.tolist()]
     return torch.stack([torch.randn(E, generator=torch.Generator().manual_seed(int(word[0]))) for word in words])
 
 
 @torch.no_grad()
-def average(ema, model, step, decay):
-    """Moving average of the weights [App. B]. The decay is lower at first, so that untrained weights are forgotten."""
+def update_ema(ema, model, step, decay):
+    """Exponential moving average of the weights [App. B]. The decay is lower at first, so that untrained weights are forgotten."""
     for slow, p in zip(ema.parameters(), model.parameters()):
         slow.lerp_(p, 1 - min(decay, (1 + step) / (10 + step)))
 
@@ -142,7 +142,7 @@ def make_optimizers(name, model):
 
 # --- A run, its checkpoint and its log --------------------------------------------------------------------------------
 
-FORMAT = 5  # increment it when an older version would misread the file
+FORMAT = 5  # of a checkpoint: increment it when what a checkpoint holds changes its meaning
 FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
 
 
@@ -152,7 +152,7 @@ class Run:
 
     def __init__(self, args, data, machine):
         self.args, self.data, self.machine, self.path = args, data, machine, Path(args.out) / "ckpt.pt"
-        if not sample_timesteps(args.mixture, data.layout, 64, 2).any():  # raises if the mixture does not suit the data
+        if not sample_timesteps(args.mixture, data.layout, 64, 2).any():  # also raises if it does not suit the data
             raise ValueError(f"--mixture {args.mixture} gives all that {args.data} has and leaves nothing to train")
         torch.manual_seed(args.seed)
         self.model = PRESETS[args.preset].model(data.layout, args.prediction).to(machine.device)
@@ -185,7 +185,7 @@ class Run:
         return z
 
     def load(self):
-        """Refuses a checkpoint of other settings before it loads any weights."""
+        """Refuses a checkpoint of other settings before any weight of this run changes."""
         with opened(self.path) as saved:
             for name, now in vars(self.args).items():
                 before, flag = saved["config"][name], "--" + name.replace("_", "-")
@@ -266,10 +266,10 @@ def on_cpu(x):
 
 class Log:
     """log.csv and the progress line: since the last line, the mean squared error where t > 0, by modality and quarter of
-    the noise levels. It has no loss weights, so that runs with the same --prediction can be compared. The sums stay on
+    the noise levels. Errors are not weighted, so that runs with the same --prediction can be compared. The sums stay on
     the device, so no step waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
 
-    EVERY, BINS = 50, 4  # steps per line
+    EVERY, BINS = 50, 4  # steps per line; quarters
 
     def __init__(self, path, layout, machine):
         self.path, self.layout, self.machine = path, layout, machine
@@ -329,7 +329,7 @@ def open_device(name):
     return torch.device(name)
 
 
-def end_step(device):
+def flush(device):
     """XLA records operations until this call, which compiles them as one program if they are new, and runs them."""
     if device.type == "xla":
         import torch_xla
@@ -339,7 +339,7 @@ def end_step(device):
 
 @contextmanager
 def precision(name, device, layout):
-    """The precision of a forward pass: "fp32", "bf16" products, or "auto": bf16 if the chip has instructions for it."""
+    """The precision of a forward pass: "fp32", "bf16" (autocast), or "auto": bf16 if the chip has instructions for it."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # TPUs have it, MPS is not tried

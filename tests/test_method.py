@@ -526,7 +526,7 @@ def test_the_tour_draws_the_timestep_vectors(capsys, monkeypatch):
         drawn.setdefault(names[k // 2], []).extend(row)
     for strategy, t in zip(MONL, seen, strict=True):
         shades = [" .:-=+*#%@".index(c) for c in drawn[strategy]]
-        np.testing.assert_allclose(shades, t[0] * 9 / 1000, atol=1)
+        assert shades == [math.ceil(x * 9 / 1000) for x in t[0].tolist()]  # only t = 0 looks clean
     video, audio = slice(5), slice(5, None)
     (vanilla,) = set(drawn["vanilla"])
     assert vanilla not in " @"  # neither clean nor pure noise, so that it shows something
@@ -543,7 +543,7 @@ def test_the_tour_draws_the_timestep_vectors(capsys, monkeypatch):
         "continue-2s": [end <= 0.125 for _, end in spans],
     }
     for task, mask in given.items():
-        assert drawn[task] == [" " if clean else "+" for clean in mask], task
+        assert drawn[task] == [" " if clean else "*" for clean in mask], task
     for name, preset in avdit.PRESETS.items():
         (line,) = (line for line in printed.splitlines() if line.startswith(f"preset {name}: "))
         count = parameters(preset.dim, preset.depth, preset.modalities)

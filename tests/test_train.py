@@ -355,7 +355,7 @@ def test_the_average_of_a_long_run_has_the_decay_that_is_asked_for():
     with torch.no_grad():
         slow.weight.fill_(1)
         fast.weight.fill_(0)
-    train.average(slow, fast, 100_000, 0.999)
+    train.update_ema(slow, fast, 100_000, 0.999)
     assert slow.weight.item() == pytest.approx(0.999) and fast.weight.item() == 0
 
 

@@ -26,10 +26,10 @@ def main(out, device):
     import sample
     import train
 
-    counts, end_step, draw = {}, train.end_step, train.draw
+    counts, flush, draw = {}, train.flush, train.draw
 
     def count(device):  # the compilations after every step
-        end_step(device)
+        flush(device)
         if device.type == "xla":
             from torch_xla.debug import metrics
 
@@ -38,7 +38,7 @@ def main(out, device):
     def changing(args, step, *more):
         return draw(SimpleNamespace(**{**vars(args), "mixture": MIXTURES[max(0, (step - 14) // 6)]}), step, *more)
 
-    train.end_step = sample.end_step = count
+    train.flush = sample.flush = count
     train.Log.EVERY = 1
     common = ["--device", device, "--dtype", "fp32"]
     for run, steps, more in (("mixtures", 14 + 6 * len(MIXTURES), []), ("accumulate", 8, ["--accumulate", "2"])):
