@@ -151,7 +151,7 @@ class Windows:
         """Mask (S,) of the whole clip -> (count, S): what each window is given. All but the first are given `shared`."""
         parts = []  # window k of modality m starts at its segment k * step
         for m, mask in zip(self.layout.modalities, self.whole.split(given).values()):
-            step = max(1, m.N - self.skip[m.name])
+            step = m.N - self.skip[m.name]
             parts.append(F.pad(mask, (0, m.N + (self.count - 1) * step - len(mask))).unfold(0, m.N, step))
         return torch.cat(parts, 1) | (self.shared & (torch.arange(self.count)[:, None] > 0))
 

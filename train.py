@@ -147,8 +147,9 @@ FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that
 
 
 class Run:
-    """Everything that a checkpoint holds, and when it is written. Every run is a resumed run: process 0 writes step 0,
-    then every process loads the checkpoint."""
+    """Everything that a checkpoint holds, and when it is written: the model and the average of its weights `ema`, the
+    optimizers, the tokenizers, the log, the settings; and `step`, how many steps are done. Every run is a resumed run:
+    process 0 writes step 0, then every process loads the checkpoint."""
 
     def __init__(self, args, data, machine):
         self.args, self.data, self.machine, self.path = args, data, machine, Path(args.out) / "ckpt.pt"
@@ -422,7 +423,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def guarding(self, remedy):
-        """Turns wrong input and lack of memory into such a line. Other errors keep their traceback."""
+        """Turns wrong input (ValueError, OSError) and lack of memory into such a line."""
         try:
             yield
         except (ValueError, OSError) as why:

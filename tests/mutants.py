@@ -224,7 +224,6 @@ HAND = {  # module: (what is there, what a tired student makes of it)
         ("    if not ends:\n", "    if False:\n"),
         (".split(64)", ".split(32)"),
         ('f"given_{name}": mask[: out[name]', 'f"given_{name}": ~mask[: out[name]'),
-        ("step = max(1, m.N - self.skip[m.name])", "step = m.N - self.skip[m.name]"),
     ],
 }  # fmt: skip
 
