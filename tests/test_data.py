@@ -596,11 +596,11 @@ def test_a_clip_is_resampled_cropped_and_cut(tmp_path):
 @pytest.mark.parametrize(("fps", "rate"), [(8, 16000), (30, 7997), (24, 22050)])
 def test_sound_starts_with_its_frame(monkeypatch, fps, rate):
     """Frame k shows the instant k / fps. The sound of a window starts at the nearest sample."""
-    video, every_sample = torch.arange(200).expand(2, 200).T, torch.arange(200 * rate // fps).float()
+    video, every_sample = torch.arange(200).expand(2, 200).T, torch.arange(250 * rate // fps).float()
     monkeypatch.setattr(data, "decode_clip", lambda path, media: (video, audio))
     layout, media = Layout(av_modalities(fps, (2, 2), 12, 1 / fps, 8)), data.Media(fps, 32, rate)
     cases = (None, 1, 17, 200), (None, 5, 17, 200), (None, None, 17, 200), (51 / fps, None, 51, 200), (None, 1, 17, 190)
-    for seconds, every, frames, end in cases:  # the sound ends with frame `end`
+    for seconds, every, frames, end in (*cases, (None, 1, 17, 250)):  # the sound ends with frame `end`, of 200
         audio = every_sample[: end * rate // fps]
         starts = [(k, round(Fraction(k * rate, fps))) for k in range(0, 200 - frames + 1, every or frames)]
         samples = round(Fraction(frames * rate, fps))
