@@ -54,7 +54,7 @@ class Modality:
 
 class Layout:
     """Where each modality and segment lies in z (B, E) and in t (B, S). The first modality is the time reference:
-    strategy Pt draws one timestep for each of its segments, and those of other modalities follow by time."""
+    strategy Pt draws a timestep for each of its segments, and other segments take that of the one at their midpoint."""
 
     def __init__(self, modalities):
         self.modalities = tuple(modalities)
@@ -136,7 +136,7 @@ def task_mask(task, layout):
     """bool (S,): True where a task gives the segment. Raises ValueError if the task or a modality it needs is unknown.
 
     continue     gives the reference's first two segments (5 frames, 0.625 s) and all that lies in their time
-    continue-2s  gives its first one (1 frame, 0.125 s) [App. F]
+    continue-2s  the same for its first one (1 frame, 0.125 s) [App. F]
     inpaint      gives its first and its last one (1 and 4 frames, 0.125 and 0.5 s)
     """
     check_choice("task", task, TASKS)
@@ -205,7 +205,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        # Two shifts and two scales, without DiT's gates: with these the blocks alone would pass the paper's 420 M weights.
+        # Two shifts, two scales and no gates as DiT has: with these the blocks alone would exceed the paper's 420 M.
         self.ada = nn.Linear(dim, 4 * dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attend = nn.Linear(dim, dim)
@@ -287,7 +287,7 @@ class AVDiT(nn.Module):
 def predict(model, schedule, layout, z, t, z0_prev=None):
     """Call the model and turn its prediction into estimates of z0 and eps, (B, E) each.
 
-    The paper regresses eps. W.A.L.T, on which it builds, regresses v = a eps - s z0; others regress z0. Given
+    The paper regresses eps. W.A.L.T, on which it builds, regresses v = a eps - s z0; our small presets z0. Given
     z_t = a z0 + s eps, any one of them gives the other two. Where t = 0, the estimate of z0 is z itself.
     """
     out, (a, s) = model(z, t, z0_prev), schedule.scales(layout, t)
@@ -319,7 +319,7 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
             z0_prev, _ = predict(model, schedule, layout, z_t, t)
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[model.prediction]
     # eps and v: all noisy elements count alike, as in Eq. 6. z0: within an example, elements with s < 0.4 count less,
-    # because their error is fine detail. Elements at t = 0 have s = 0 and never count.
+    # because their error is fine detail (with one t for all, the weight cancels). Elements at t = 0 never count.
     weight = (6.25 * s**2).clamp(max=1) if model.prediction == "z0" else (s > 0).float()
     error = (model(z_t, t, z0_prev) - target) ** 2
     loss = ((weight * error).sum(1) / weight.sum(1).clamp(min=1e-8)).mean()  # [Eq. 6], there with eps and no weight
@@ -441,7 +441,7 @@ def av_modalities(fps, grid, video_channels, segment, audio_channels, frames=17)
 
 @dataclass(frozen=True)
 class Preset:
-    """A network's size, what it predicts and how it is sampled. Its training recipe is in train.py."""
+    """A network's size, the latents it is made for, what it predicts, its sampler. Training recipes are in train.py."""
 
     modalities: list
     dim: int
@@ -456,7 +456,7 @@ class Preset:
 
 
 PRESETS = {
-    # The toy world of data.py. It predicts z0: eps leaves picture and sound unrelated, and both eps and v leave noise in
+    # The toy world. It predicts z0: eps leaves picture and sound unrelated, and eps and v both leave noise in
     # the picture, probably because a network of width 128 cannot pass on the noise of a token's 128 channels.
     "toy": Preset(av_modalities(8, (2, 2), 128, 0.125, 64), dim=128, depth=4, heads=4, prediction="z0",
                   sampler="ddpm", sampling_steps=40),
@@ -479,7 +479,7 @@ def tour():
     def draw(title, t):
         for m, row in zip(layout.modalities, layout.split(t).values()):
             widths = [round((end - start) * 32) for start, end in pairwise(m.edges)]
-            picture = "".join(shades[-(-x * 9 // 1000)] * width for x, width in zip(row.tolist(), widths))
+            picture = "".join(shades[math.ceil(x * 9 / 1000)] * width for x, width in zip(row.tolist(), widths))
             print(f"  {title:12} {m.name:6} |{picture}|")
             title = ""
 

@@ -40,7 +40,7 @@ def kind_of(path):
 
 
 def open_data(path, media, layout=None):
-    """An object of that class. Raises ValueError if the data or the format cannot be used."""
+    """An object of kind_of(path). Raises ValueError if the data or the format cannot be used."""
     kind = kind_of(path)
     if kind is not Folder and media != kind.media:
         raise ValueError(f"--fps, --size and --sample-rate are for a folder of clips, not for {path}")
@@ -84,7 +84,7 @@ class Folder:
             nearest = per_hop * max(8, round(media.sample_rate / per_hop))
             raise ValueError(f"--sample-rate must be a multiple of {per_hop}, at least {8 * per_hop}: use {nearest}")
         side = media.size // self.PATCH
-        # Few tokens with many channels cost a fraction of many small tokens, and show as much.
+        # As in PRESETS["clips"]: few tokens with many channels cost a fraction of many small tokens, and show as much.
         self.layout = layout or Layout(av_modalities(media.fps, (side, side), 192, 1 / media.fps, 96))
 
     def tokenizers(self):
@@ -98,7 +98,7 @@ class Folder:
         if not parts:
             raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}")
         names = held_out(parts)
-        return joined([parts[name] for name in parts if name not in names or len(parts) == 1]), names
+        return joined([parts[name] for name in parts if name not in names or len(parts) == 1]), names  # or both
 
     def held_out_clips(self, names, count, seconds):
         paths = [self.path / name for name in names]
@@ -409,7 +409,7 @@ def decode_clip(path, media):
         pixels, wav = Path(folder, "pixels"), Path(folder, "wav")
         error = ffmpeg(path, "-v", "error", *picture, pixels, *sound, wav)
         if "does not contain any stream" in error:
-            raise ValueError("no picture" if "out#0" in error else "no sound")
+            raise ValueError("no picture" if "out#0" in error else "no sound")  # the picture is output 0
         try:
             frames, shape = np.fromfile(pixels, np.uint8), (-1, media.size, media.size, 3)
             frames = frames[: frames.size - frames.size % math.prod(shape[1:])].reshape(shape)
@@ -440,7 +440,7 @@ def clip_windows(path, layout, media, seconds=None, every=None):
     return dict(zip(("video", "audio"), map(list, zip(*parts))))
 
 
-def usable(paths, read, map=map):
+def usable(paths, read, mapper=map):
     """Yields (name, read(path)) for every file that can be read, names the others on stderr, and shows progress."""
 
     def attempt(path):
@@ -449,7 +449,7 @@ def usable(paths, read, map=map):
         except ValueError as why:
             return why
 
-    for done, (path, clips) in enumerate(zip(paths, map(attempt, paths)), 1):
+    for done, (path, clips) in enumerate(zip(paths, mapper(attempt, paths)), 1):
         if isinstance(clips, ValueError):
             print(f"skipped {path.name}: {clips}", file=sys.stderr)
         else:

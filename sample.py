@@ -133,8 +133,8 @@ class Windows:
         of window 1                     01111222233334444
         of window 2                                 01111222233334444
 
-    A window lasts `span` seconds, and the next one starts `stride` seconds later. They share the segments `shared`,
-    bool (S,): skip[name] segments of each modality. `whole` is the Layout of the whole clip."""
+    A window lasts `span` seconds, and the next one starts `stride` seconds later. It takes over the segments `shared`,
+    bool (S,), skip[name] of each modality. `whole` is the Layout of the whole clip."""
 
     def __init__(self, trained, seconds=None):
         self.layout, self.rates = trained.layout, {"video": trained.media.fps, "audio": trained.media.sample_rate}
@@ -148,8 +148,8 @@ class Windows:
         self.whole = Layout([longer(m, seconds) for m in self.layout.modalities]) if seconds else self.layout
 
     def masks(self, given):
-        """Mask (S,) of the whole clip -> (count, S): what each window is given. All but the first are given `shared`."""
-        parts = []  # window k of modality m starts at its segment k * step
+        """Mask (S,) of the whole clip -> (count, S): what each window is given; all but the first also `shared`."""
+        parts = []  # of each modality: window k starts at segment k * step
         for m, mask in zip(self.layout.modalities, self.whole.split(given).values()):
             step = m.N - self.skip[m.name]
             parts.append(F.pad(mask, (0, m.N + (self.count - 1) * step - len(mask))).unfold(0, m.N, step))
@@ -173,7 +173,7 @@ def longer(m, seconds):
 
 
 def generate_clips(args, trained, windows, true, given, label):
-    """Generate what is not given, and decode -> clips. given: bool (S,) of the whole clip; its parts are cut from `true`.
+    """Generate what is not given, and decode -> clips. given: bool (S,) of the whole clip, its parts are in `true`.
 
     The shared frames are encoded anew, because a window's first segment is one frame alone. The shared sound keeps its
     latents, because its segments are equally long. So the sound is decoded once, and no seam is heard."""
@@ -232,7 +232,7 @@ def per_frame(given, layout, media):
 
 
 def package(trained, windows, clips, given):
-    """Clips and masks as numpy arrays: what samples.npz holds where nothing is given."""
+    """Clips and masks as numpy arrays, for samples.npz; sample() adds the true clips if anything is given."""
     out = {name: x.numpy() for name, x in clips.items()}
     if trained.data.decodes:
         masks = per_frame(given, windows.whole, trained.media)  # the last segment may end later than the clip

@@ -1,7 +1,7 @@
 """Train AVDiT on the toy world, a folder of clips or a file of latents [Alg. 2, App. B]. See `python train.py --help`.
 
-train() is Alg. 2 as a loop. Below it stands what it uses: what a step draws, the optimizers, the run with its checkpoint
-and log, devices and processes, the command line."""
+train() is Alg. 2 as a loop. Below stands what it uses: what a step draws, the optimizers, the run with checkpoint and
+log, devices and processes, the command line."""
 
 import argparse
 import copy
@@ -87,14 +87,14 @@ def draw(args, step, examples, layout, T):
 
 
 def draw_noise(seed, step, rows, E):
-    """eps (len(rows), E) of these rows of the batch. With row 0, [seed, step, row] would be the seed of draw()."""
+    """eps (len(rows), E) of these rows of the batch. [seed, step, 0] would be as good as draw()'s [seed, step]."""
     words = [np.random.SeedSequence([seed, step, row + 1]).generate_state(1) for row in rows.tolist()]
     return torch.stack([torch.randn(E, generator=torch.Generator().manual_seed(int(word[0]))) for word in words])
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Exponential moving average of the weights [App. B]. The decay is lower at first, so that untrained weights are forgotten."""
+    """Moving average of the weights [App. B]. The decay is lower at first, so that untrained weights are forgotten."""
     for slow, p in zip(ema.parameters(), model.parameters()):
         slow.lerp_(p, 1 - min(decay, (1 + step) / (10 + step)))
 
@@ -148,12 +148,12 @@ FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that
 
 class Run:
     """Everything that a checkpoint holds, and when it is written: the model and the average of its weights `ema`, the
-    optimizers, the tokenizers, the log, the settings; and `step`, how many steps are done. Every run is a resumed run:
-    process 0 writes step 0, then every process loads the checkpoint."""
+    optimizers, the tokenizers, the log, the settings; `step` is where the loaded one is. Every run is a resumed one:
+    rank 0 writes step 0, then every process loads the checkpoint."""
 
     def __init__(self, args, data, machine):
         self.args, self.data, self.machine, self.path = args, data, machine, Path(args.out) / "ckpt.pt"
-        if not sample_timesteps(args.mixture, data.layout, 64, 2).any():  # also raises if it does not suit the data
+        if not sample_timesteps(args.mixture, data.layout, batch=64, T=2).any():  # a trial; it also raises ValueError
             raise ValueError(f"--mixture {args.mixture} gives all that {args.data} has and leaves nothing to train")
         torch.manual_seed(args.seed)
         self.model = PRESETS[args.preset].model(data.layout, args.prediction).to(machine.device)
@@ -167,7 +167,7 @@ class Run:
 
     def begin(self):
         """Load the checkpoint, and write it first if there is none -> latents of the training clips, (n, E)."""
-        exists = self.machine.total(torch.tensor(int(self.machine.rank == 0 and self.path.exists()))) > 0
+        exists = self.machine.total(torch.tensor(int(self.machine.rank == 0 and self.path.exists()))) > 0  # on rank 0
         if exists:
             self.load()
             print(f"going on at step {self.step} of {self.path}")
@@ -215,7 +215,7 @@ class Run:
                 group["lr"] = lr * group["lr_scale"]
 
     def after_step(self, step):
-        """Log and save when due. A save also logs, so that a resumed run has the same log. Stops a broken run."""
+        """Log and save when due. A save also logs, because a checkpoint has no unfinished sums. Stops a broken run."""
         saves = step % self.args.save_every == 0 or step == self.args.steps
         if saves or step % self.log.EVERY == 0:
             tensors = [self.machine.total(self.log.sums), *self.model.parameters()]
@@ -239,7 +239,7 @@ def replacing(path):
 
 @contextmanager
 def opened(path):
-    """Yields a checkpoint's dict; nothing in the file is executed. ValueError if it is damaged or the block fails."""
+    """Yields a checkpoint's dict; nothing in the file is executed. If the block cannot use it, it counts as damaged."""
     with open(path, "rb") as file:
         try:
             if zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
@@ -266,7 +266,7 @@ def on_cpu(x):
 
 
 class Log:
-    """log.csv and the progress line: since the last line, the mean squared error where t > 0, by modality and quarter of
+    """log.csv and the progress line: the mean squared error since the last line where t > 0, by modality and quarter of
     the noise levels. Errors are not weighted, so that runs with the same --prediction can be compared. The sums stay on
     the device, so no step waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
 
@@ -340,7 +340,7 @@ def flush(device):
 
 @contextmanager
 def precision(name, device, layout):
-    """The precision of a forward pass: "fp32", "bf16" (autocast), or "auto": bf16 if the chip has instructions for it."""
+    """The precision of a forward pass: "fp32", "bf16" (autocast), or "auto": bf16 if the chip has its instructions."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # TPUs have it, MPS is not tried
@@ -350,7 +350,7 @@ def precision(name, device, layout):
     # On a CPU, PyTorch's fused attention is slow in bf16. The plain one keeps L^2 numbers per head and layer.
     plain = enabled and device.type == "cpu" and sum(m.N * m.P for m in layout.modalities) < 512
     attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-    # autocast must not cache bf16 weights: the pass with gradient would find those of the pass without.
+    # No cache: the pass with gradient would reuse the bf16 weights of self-conditioning's pass, which have no gradient.
     with attention, torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
         yield
 
@@ -401,7 +401,7 @@ class Machine:
         if self.world == 1:
             return model
         net = DistributedDataParallel(model, broadcast_buffers=False)
-        net.prediction = model.prediction
+        net.prediction = model.prediction  # predict() reads it
         return net
 
     def total(self, x):
