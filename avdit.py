@@ -12,7 +12,7 @@ Letters in comments and tests (the code writes `batch` for B, `channels` for d_m
     T      diffusion steps                   d      width of the transformer
     z      latents, (B, E)                   t      timestep vector, int64 (B, S); 0 is clean, T is noise
     a, s   signal scale sqrt(alpha_bar) and noise scale sqrt(1 - alpha_bar) at the timestep of each element
-    tau    the timestep that all segments to be generated share during sampling
+    tau    the timestep that all wanted segments, those that are not given, share during sampling
 z stores a clip modality by modality and segment by segment; a Layout knows what lies where. A mask over segments,
 (B, S) or (S,), is called `given`; the same mask over elements, (B, E), is `given_e`.
 """
@@ -65,8 +65,8 @@ class Layout:
         edges = [torch.tensor(m.edges, dtype=torch.float64) for m in self.modalities]
         self.starts = torch.cat([e[:-1] for e in edges])  # (S,) seconds
         self.ends = torch.cat([e[1:] for e in edges])
-        first = accumulate([0, *self.lengths])  # index of each modality's first segment
-        self.first = torch.cat([torch.full((n,), k) for n, k in zip(self.lengths, first)])  # (S,)
+        first = accumulate([0, *self.lengths])  # index of each modality's first segment; then the same for each segment
+        self.first_of_modality = torch.cat([torch.full((n,), k) for n, k in zip(self.lengths, first)])  # (S,)
 
     def per_token(self, x):
         """(B, S, c) -> (B, L, c): repeat each segment's row for all of its tokens."""
@@ -164,7 +164,7 @@ def coincident(layout):
 STRATEGIES = {
     "vanilla": lambda t_ref, layout: t_ref[:, :1].expand_as(t_ref),  # t^(m,n) = t_ref^(1,1)
     "pt": lambda t_ref, layout: t_ref[:, coincident(layout)],  # t^(m,n) = t_ref^(1,n), with n matched by time
-    "pm": lambda t_ref, layout: t_ref[:, layout.first],  # t^(m,n) = t_ref^(m,1)
+    "pm": lambda t_ref, layout: t_ref[:, layout.first_of_modality],  # t^(m,n) = t_ref^(m,1)
     "ptm": lambda t_ref, layout: t_ref,  # t^(m,n) = t_ref^(m,n)
 }
 MONL = ("vanilla", "pt", "pm", "ptm")
@@ -389,7 +389,7 @@ def guide(model, schedule, layout, z, t, z0_prev, dropped, guidance, noise):
 @torch.no_grad()
 def generate(model, schedule, layout, z0, given, *, steps=250, sampler="ddim", guidance=0.0, guidance_drop=None,
              generator=None, on_step=None):  # fmt: skip
-    """Generate the segments that are not given [Alg. 3, Alg. 4, Eq. 7] -> (B, E). Raises ValueError on wrong arguments.
+    """Generate the wanted segments, all that are not given [Alg. 3, Alg. 4, Eq. 7] -> (B, E). Raises ValueError.
     Comments name the lines of Alg. 4; Alg. 3 is the same with nothing given.
 
     model          an AVDiT, or any callable (z, t, z0_prev) -> (B, E) with an attribute `prediction`

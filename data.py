@@ -163,7 +163,7 @@ def collate(parts):
 
 
 def render(draws, frames=FRAMES):
-    """Six uniform numbers per clip, (n, 6): start and velocity (x, y each), hue, phase of the sound -> clips, truth."""
+    """Six uniform numbers per clip, (n, 6) -> clips, truth. mirror() has period 2: a start is place and direction."""
     start, velocity, hue, phase = 2 * draws[:, None, :2], 2 * draws[:, None, 2:4] - 1, draws[:, 4:5], draws[:, 5:6]
     position = mirror(start + velocity * torch.arange(frames)[:, None] / TOY.fps)  # (n, frames, 2)
     x, y = (0.18 + 0.64 * position).float()[..., None, None, :].unbind(-1)
@@ -171,7 +171,7 @@ def render(draws, frames=FRAMES):
     colour = 0.5 + 0.5 * torch.cos(2 * math.pi * hue + THIRDS).float()  # (n, 3)
     video = torch.sigmoid(30 * (0.16 - distance))[..., None] * colour[:, None, None, None]
     seconds = torch.arange(frames * TOY.sample_rate // TOY.fps) / TOY.sample_rate
-    frequency = 300 * 2 ** (1.5 * (1 - mirror(start[..., 1] + velocity[..., 1] * seconds)))  # (n, samples), Hz
+    frequency = 300 * 2 ** (1.5 * (1 - mirror(start[..., 1] + velocity[..., 1] * seconds)))  # Hz; y points down
     turns = F.pad((frequency[:, 1:] + frequency[:, :-1]) / 2 / TOY.sample_rate, (1, 0)).cumsum(1)  # trapezoidal rule
     phi, angle = 2 * math.pi * (phase + turns), 2 * math.pi * hue
     second, third = (0.3 * (0.5 + 0.5 * f(angle)) for f in (torch.cos, torch.sin))
@@ -271,14 +271,14 @@ class SpectrumTokenizer(nn.Module):
         self.hop = int((modality.edges[1] - modality.edges[0]) * sample_rate + 1e-6) // HOPS
         self.size = 2 ** round(math.log2(2 * self.hop))
         self.bins = Components(HOPS * (self.size // 2 + 1), modality.channels)
-        self.register_buffer("window", torch.hann_window(self.size), persistent=False)
+        self.register_buffer("hann", torch.hann_window(self.size), persistent=False)
 
     def stft(self, sound):  # (n, (hops - 1) * hop + size) -> complex (n, lines, hops)
-        return torch.stft(sound, self.size, self.hop, window=self.window, center=False, return_complex=True)
+        return torch.stft(sound, self.size, self.hop, window=self.hann, center=False, return_complex=True)
 
     def istft(self, spectrum):
         """Overlap-add, divided by the sum of squared windows. torch.istft refuses windows that end in 0."""
-        window, length = self.window[:, None], (spectrum.shape[-1] - 1) * self.hop + self.size
+        window, length = self.hann[:, None], (spectrum.shape[-1] - 1) * self.hop + self.size
         overlap_add = partial(F.fold, output_size=(1, length), kernel_size=(1, self.size), stride=(1, self.hop))
         sound = overlap_add(torch.fft.irfft(spectrum, self.size, dim=1) * window).flatten(1)
         return sound / overlap_add((window**2).expand(1, -1, spectrum.shape[-1])).flatten(1).clamp(min=1e-8)
@@ -299,7 +299,7 @@ class SpectrumTokenizer(nn.Module):
         start = torch.arange(self.N * HOPS) * self.hop - (self.size - self.hop) // 2
         start = start.clamp(0, self.N * HOPS * self.hop - self.size)  # windows at the ends move inside the clip
         frames = sound[:, start[:, None] + torch.arange(self.size)]  # (n, hops, size)
-        magnitude = torch.fft.rfft(frames * self.window).abs()
+        magnitude = torch.fft.rfft(frames * self.hann).abs()
         return rearrange(magnitude.sqrt(), "n (k hops) lines -> n k (hops lines)", hops=HOPS)
 
     def fit(self, sound):
@@ -427,7 +427,7 @@ def clip_windows(path, layout, media, seconds=None, every=None):
     """Decode a clip and cut it into windows -> {"video": list of views, "audio": list of views}. They last `seconds` or
     as long as the layout. One starts every `every` frames, or where the one before ends. ValueError if none fits."""
     video, audio = decode_clip(path, media)
-    need, need_audio = (seconds or m.edges[-1] for m in layout.modalities)
+    need, need_audio = [seconds or m.edges[-1] for m in layout.modalities]
     frames, samples = round(need * media.fps), round(need_audio * media.sample_rate)
     starts = [(k, round(k / media.fps * media.sample_rate)) for k in range(0, len(video) - frames + 1, every or frames)]
     starts = [(frame, sample) for frame, sample in starts if sample + samples <= len(audio)]

@@ -233,13 +233,13 @@ def per_frame(given, layout, media):
 
 def package(trained, windows, clips, given):
     """Clips and masks as numpy arrays, for samples.npz; sample() adds the true clips if anything is given."""
-    out = {name: x.numpy() for name, x in clips.items()}
+    arrays = {name: x.numpy() for name, x in clips.items()}
     if trained.data.decodes:
         masks = per_frame(given, windows.whole, trained.media)  # the last segment may end later than the clip
-        out |= {f"given_{name}": mask[: out[name].shape[1]].numpy() for name, mask in masks.items()}
-        return out | {"fps": trained.media.fps, "sample_rate": trained.media.sample_rate}
-    out |= {f"given_{name}": mask.numpy() for name, mask in trained.layout.split(given).items()}
-    return out | {f"{m.name}_edges": np.array(m.edges) for m in trained.layout.modalities}
+        arrays |= {f"given_{name}": mask[: arrays[name].shape[1]].numpy() for name, mask in masks.items()}
+        return arrays | {"fps": trained.media.fps, "sample_rate": trained.media.sample_rate}
+    arrays |= {f"given_{name}": mask.numpy() for name, mask in trained.layout.split(given).items()}
+    return arrays | {f"{m.name}_edges": np.array(m.edges) for m in trained.layout.modalities}
 
 
 GREY, GREEN = (150, 150, 150), (60, 180, 75)  # given, generated: the colours of the paper's Fig. 9
@@ -305,23 +305,23 @@ def write_sheet(path, title, video, audio, given, rate, true=None, names=None):
     sheet.save(path)
 
 
-def write_media(folder, out, sheet=None):
+def write_media(folder, made, sheet=None):
     """An mp4 and a WAV of every sample, and a sheet of the first 8 if it has a title."""
-    rate, given = out["sample_rate"], (out["given_video"], out["given_audio"])
+    rate, given = made["sample_rate"], (made["given_video"], made["given_audio"])
     folder.mkdir(parents=True, exist_ok=True)
-    more = len(out["video"])
+    more = len(made["video"])
     while (folder / f"{more:02}.mp4").exists():  # an earlier run made more samples
         (folder / f"{more:02}.mp4").unlink()
         (folder / f"{more:02}.wav").unlink(missing_ok=True)
         more += 1
-    for i, (video, audio) in enumerate(zip(out["video"], out["audio"])):
+    for i, (video, audio) in enumerate(zip(made["video"], made["audio"])):
         wav = folder / f"{i:02}.wav"
         soundfile.write(wav, audio, rate)
         sound = {"audio_path": str(wav), "audio_codec": "aac", "output_params": ["-b:a", "64k"]}
-        settings = {"fps": out["fps"], "macro_block_size": 16, "ffmpeg_log_level": "error", **sound}
+        settings = {"fps": made["fps"], "macro_block_size": 16, "ffmpeg_log_level": "error", **sound}
         imageio.mimwrite(folder / f"{i:02}.mp4", film(video, audio, given, rate), **settings)
     if sheet:
-        write_sheet(folder / "sheet.png", sheet, out["video"][:8], out["audio"], given, rate, out.get("video_true"))
+        write_sheet(folder / "sheet.png", sheet, made["video"][:8], made["audio"], given, rate, made.get("video_true"))
 
 
 def write_page(out, layout, masks, n):

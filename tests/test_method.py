@@ -94,7 +94,7 @@ def test_layout_by_hand():
     assert (THREE.names, THREE.lengths, THREE.sizes) == (["video", "audio", "touch"], [3, 18, 4], [72, 90, 24])
     assert [(m.N, m.P, m.shape) for m in THREE.modalities] == [
         (3, 6, (3, 2, 3, 4)), (18, 1, (18, 5)), (4, 2, (4, 2, 3))]  # fmt: skip
-    assert THREE.first.tolist() == [0] * 3 + [3] * 18 + [21] * 4
+    assert THREE.first_of_modality.tolist() == [0] * 3 + [3] * 18 + [21] * 4
     edges = [m.edges for m in (VIDEO, AUDIO, TOUCH)]
     assert THREE.starts.tolist() == [x for e in edges for x in e[:-1]]
     assert THREE.ends.tolist() == [x for e in edges for x in e[1:]]
