@@ -65,7 +65,7 @@ class Layout:
         edges = [torch.tensor(m.edges, dtype=torch.float64) for m in self.modalities]
         self.starts = torch.cat([e[:-1] for e in edges])  # (S,) seconds
         self.ends = torch.cat([e[1:] for e in edges])
-        first = accumulate([0, *self.lengths])  # index of each modality's first segment; then the same for each segment
+        first = accumulate([0, *self.lengths])  # first segment of each modality, then of each segment's modality
         self.first_of_modality = torch.cat([torch.full((n,), k) for n, k in zip(self.lengths, first)])  # (S,)
 
     def per_token(self, x):
@@ -318,8 +318,8 @@ def training_loss(model, schedule, layout, z0, t, eps, self_conditioning=False):
         with torch.no_grad():
             z0_prev, _ = predict(model, schedule, layout, z_t, t)
     target = {"eps": eps, "v": a * eps - s * z0, "z0": z0}[model.prediction]
-    # eps and v: all noisy elements count alike, as in Eq. 6. z0: within an example, elements with s < 0.4 count less,
-    # because their error is fine detail (with one t for all, the weight cancels). Elements at t = 0 never count.
+    # eps and v: all noisy elements count alike, as in Eq. 6. z0: elements with s < 0.4 count less than noisier ones of
+    # the same example, because they lack only detail (no effect where all t are equal). Elements at t = 0 never count.
     weight = (6.25 * s**2).clamp(max=1) if model.prediction == "z0" else (s > 0).float()
     error = (model(z_t, t, z0_prev) - target) ** 2
     loss = ((weight * error).sum(1) / weight.sum(1).clamp(min=1e-8)).mean()  # [Eq. 6], there with eps and no weight

@@ -108,7 +108,7 @@ def true_clips(args, trained, windows, masks):
     ends = [windows.whole.ends[given].max().item() for given in masks.values() if given.any()]
     seconds = max(windows.span, min(windows.seconds, max(ends, default=0)))
     if not ends:
-        clips = trained.tokenizers.decode(torch.zeros(1, trained.layout.E))  # blank
+        clips = trained.tokenizers.decode(torch.zeros(1, trained.layout.E))  # any: not looked at
     elif args.input:
         try:
             clips = clip_windows(args.input, trained.layout, trained.media, seconds)
@@ -133,8 +133,8 @@ class Windows:
         of window 1                     01111222233334444
         of window 2                                 01111222233334444
 
-    A window lasts `span` seconds, and the next one starts `stride` seconds later. It takes over the segments `shared`,
-    bool (S,), skip[name] of each modality. `whole` is the Layout of the whole clip."""
+    A window lasts `span` seconds, and the next one starts `stride` seconds later. They overlap in the segments
+    `shared`, bool (S,), skip[name] of each modality. `whole` is the Layout of the whole clip."""
 
     def __init__(self, trained, seconds=None):
         self.layout, self.rates = trained.layout, {"video": trained.media.fps, "audio": trained.media.sample_rate}
@@ -175,8 +175,8 @@ def longer(m, seconds):
 def generate_clips(args, trained, windows, true, given, label):
     """Generate what is not given, and decode -> clips. given: bool (S,) of the whole clip, its parts are in `true`.
 
-    The shared frames are encoded anew, because a window's first segment is one frame alone. The shared sound keeps its
-    latents, because its segments are equally long. So the sound is decoded once, and no seam is heard."""
+    The shared frames are encoded anew: the first was the last of a segment of four, and is now a segment alone. The
+    shared sound keeps its latents, because its segments are equally long, so that all sound is decoded at once."""
     generator, tokenizers, layout = torch.Generator().manual_seed(args.seed), trained.tokenizers, trained.layout
     if not trained.data.decodes:
         return tokenizers.decode(denoise(args, trained, tokenizers.encode(true), given, generator, label))

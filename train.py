@@ -87,7 +87,7 @@ def draw(args, step, examples, layout, T):
 
 
 def draw_noise(seed, step, rows, E):
-    """eps (len(rows), E) of these rows of the batch. [seed, step, 0] would be as good as draw()'s [seed, step]."""
+    """eps (len(rows), E) of these rows of the batch. [seed, step, 0] would seed like draw()'s [seed, step]."""
     words = [np.random.SeedSequence([seed, step, row + 1]).generate_state(1) for row in rows.tolist()]
     return torch.stack([torch.randn(E, generator=torch.Generator().manual_seed(int(word[0]))) for word in words])
 
@@ -148,8 +148,8 @@ FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that
 
 class Run:
     """Everything that a checkpoint holds, and when it is written: the model and the average of its weights `ema`, the
-    optimizers, the tokenizers, the log, the settings; `step` is where the loaded one is. Every run is a resumed one:
-    rank 0 writes step 0, then every process loads the checkpoint."""
+    optimizers, the tokenizers, the log, the settings; and `step`, that of the loaded checkpoint. Every run is a resumed
+    run: rank 0 writes step 0, then every process loads the checkpoint."""
 
     def __init__(self, args, data, machine):
         self.args, self.data, self.machine, self.path = args, data, machine, Path(args.out) / "ckpt.pt"
