@@ -138,9 +138,9 @@ class Windows:
 
     def __init__(self, trained, seconds=None):
         self.layout, self.rates = trained.layout, {"video": trained.media.fps, "audio": trained.media.sample_rate}
-        edges, self.shared = self.layout.modalities[0].edges, task_mask("continue", self.layout)
+        self.span, self.shared = self.layout.modalities[0].edges[-1], task_mask("continue", self.layout)
         self.skip = {name: int(mask.sum()) for name, mask in self.layout.split(self.shared).items()}
-        self.span, self.stride = edges[-1], edges[-1] - edges[min(2, len(edges) - 1)]
+        self.stride = self.span - self.layout.ends[self.shared].max().item()
         if seconds and (seconds < self.span or not trained.data.decodes):
             raise ValueError(f"--seconds is for clips, and at least {self.span:g}, one window")
         self.seconds = seconds or self.span

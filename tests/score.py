@@ -183,9 +183,8 @@ def toy_scores(trained):
     return lambda *what: score(trained, *what, real, learned)
 
 
-def table(args, trained, tasks):
+def table(args, trained, windows, tasks):
     """Print one row per task, or one row per window of a longer clip. The first row is real clips, encoded and decoded."""
-    windows = sample.Windows(trained, args.seconds)
     windows.seconds = windows.span + (windows.count - 1) * windows.stride  # whole windows are scored
     toy = isinstance(trained.data, ToyWorld)
     clips = trained.data.held_out_clips(trained.held_out, args.n, windows.seconds)
@@ -232,8 +231,8 @@ def main():
     args = parser.parse_args()
     with parser.guarding("use a smaller --n"):
         trained = sample.Trained(args.ckpt, open_device(args.device))
-        whole = sample.Windows(trained, args.seconds).whole
-        tasks, toy = sample.choose_masks(args, trained, whole), isinstance(trained.data, ToyWorld)
+        windows = sample.Windows(trained, args.seconds)
+        tasks, toy = sample.choose_masks(args, trained, windows.whole), isinstance(trained.data, ToyWorld)
         mistakes = [
             (not trained.data.decodes, "scores are for the toy world and for folders of clips, not for files of latents"),
             (toy and (args.n % 16 or args.n > 1024), "--n must be a multiple of 16 up to 1024"),
@@ -246,7 +245,7 @@ def main():
             if wrong:
                 parser.error(message)
         with method(args):
-            table(args, trained, tasks)
+            table(args, trained, windows, tasks)
 
 
 if __name__ == "__main__":

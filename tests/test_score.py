@@ -149,7 +149,7 @@ def test_method_and_strength_choose_who_generates(call, toy_run, monkeypatch):
         seen.append((strength, steps, sampler))
         return inputs[3]
 
-    def table(args, trained, tasks):
+    def table(args, trained, windows, tasks):
         given = tasks["v2a"]
         sample.denoise(args, trained, torch.zeros(1, trained.layout.E), given, torch.Generator(), "v2a")
 
