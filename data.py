@@ -18,7 +18,6 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -93,24 +92,27 @@ class Folder:
     def training_clips(self):
         """-> clips, names of held-out files. A window starts at every frame; windows share memory."""
         paths = sorted(path for path in self.path.iterdir() if path.is_file() and not path.name.startswith("."))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for one ffmpeg
+        cores = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share them
+        with ThreadPoolExecutor(max(1, cores)) as pool:  # each thread waits for one ffmpeg
             parts = dict(usable(paths, lambda path: clip_windows(path, self.layout, self.media, every=1), pool.map))
         if not parts:
-            raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}")
+            raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}, without its subfolders")
         names = held_out(parts)
-        return joined([parts[name] for name in parts if name not in names or len(parts) == 1]), names  # or both
+        return joined([parts[name] for name in parts if name not in names] or list(parts.values())), names
 
     def held_out_clips(self, names, count, seconds):
-        paths = [self.path / name for name in names]
+        paths = [self.path / name for name in names if (self.path / name).exists()]
         found = usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds))
         parts = [clips for _, clips in islice(found, count)]
         if not parts:
-            raise ValueError(f"none of the {len(names)} held-out files of {self.path} can be used: use --input")
+            raise ValueError(
+                f"none of the {len(names)} held-out files is in {self.path}, or usable: use --data or --input"
+            )
         return {name: torch.stack(x[:count]) for name, x in joined(parts).items()}
 
 
 class Latents:
-    """A .npz of latents. Every tenth clip is held out."""
+    """A .npz of latents. Every tenth clip is held out. Its name is a checksum: no other latents pass for held-out."""
 
     preset, media, decodes = "clips", TOY, False  # media: a placeholder, flags for it are refused
 
@@ -121,18 +123,21 @@ class Latents:
         return Tokenizers(self.layout, {m.name: Standardize(m) for m in self.layout.modalities})
 
     def training_clips(self):
-        latents, _ = read_latents(self.path)
-        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, []
+        latents, _, checksum = read_latents(self.path)
+        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, [checksum]
 
     def held_out_clips(self, names, count, seconds):
-        return {name: x[::10][:count] for name, x in read_latents(self.path)[0].items()}
+        latents, _, checksum = read_latents(self.path)
+        if [checksum] != names:
+            raise ValueError(f"{self.path} does not hold the latents of the training: name their file with --data")
+        return {name: x[::10][:count] for name, x in latents.items()}
 
 
 def held_out(names):
     """A tenth of the names, by a hash, so that one more file does not move any other; but one at least, and not all."""
     rank = {name: zlib.crc32(os.fsencode(name)) for name in names}
-    tenth = sorted(name for name in names if rank[name] % 10 == 0)
-    return tenth if 0 < len(tenth) < len(rank) else [min(names, key=rank.get)]
+    tenth = sorted(name for name in rank if rank[name] % 10 == 0)
+    return tenth if 0 < len(tenth) < len(rank) else [min(rank, key=rank.get)]
 
 
 def joined(parts):
@@ -154,12 +159,8 @@ def mirror(q):
 def toy_clips(n, seed, frames=FRAMES):
     """-> clips, truth: n toy clips; truth is {"position": (n, frames, 2) x and y in 0..1, "hue": (n,) in 0..1}."""
     draws = np.random.default_rng(seed).random((n, 6))
-    parts = [render(torch.from_numpy(d), frames) for d in np.array_split(draws, math.ceil(n / 256))]  # to save memory
-    return tuple(map(collate, zip(*parts)))
-
-
-def collate(parts):
-    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}  # pop frees each part
+    parts = [render(torch.from_numpy(d), frames) for d in np.array_split(draws, math.ceil(n / 256))]  # pop frees them
+    return tuple({name: torch.cat([part.pop(name) for part in some]) for name in list(some[0])} for some in zip(*parts))
 
 
 def render(draws, frames=FRAMES):
@@ -364,8 +365,7 @@ def in_chunks(function, x, size=32):
 
 
 def features_of(function, x, clips=1024, most=2**26):
-    """function(x) as (n, D), to fit components on: all vectors of `clips` random clips, or a random share of them that
-    holds about `most` numbers (256 MiB)."""
+    """function(x) as (n, D), to fit components on: of `clips` random clips about `most` numbers (256 MiB) at most."""
     generator = torch.Generator().manual_seed(0)
     chosen = [x[i] for i in torch.randperm(len(x), generator=generator)[:clips].sort().values]
     share = most / (len(chosen) * function(chosen[0][None]).numel())
@@ -381,62 +381,61 @@ def features_of(function, x, clips=1024, most=2**26):
 
 
 def ffmpeg(path, *arguments):
-    """Run imageio's ffmpeg on one file -> its messages. It reads an open file and may open nothing else: a playlist is
-    refused, and no file name is taken for an option or a pattern. It also refuses blocks of more than 500 MB."""
-    if not Path(path).is_file():
-        raise ValueError("there is no such file")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", "500000000"]
-    command += ["-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *arguments]
-    try:
-        with open(path, "rb") as file:
-            done = subprocess.run(command, stdin=file, capture_output=True, check=False, timeout=900)
-    except subprocess.TimeoutExpired:
-        raise ValueError("ffmpeg has not decoded it in 15 minutes") from None
-    return done.stderr.decode(errors="replace")
+    """Run imageio's ffmpeg on one open file -> its messages. It may open nothing else: it refuses playlists. No name is
+    taken for an option or a pattern. It may not allocate blocks of more than 500 MB. Raises ValueError."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-v", "level+info"]
+    command += ["-max_alloc", "500000000", "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *arguments]
+    with open(path, "rb") as file:
+        done = subprocess.run(command, stdin=file, capture_output=True, check=False)
+    messages = done.stderr.decode(errors="replace")
+    if done.returncode:
+        wrong = [line for line in messages.splitlines() if "[error]" in line or "[fatal]" in line]
+        raise ValueError(f"ffmpeg's exit status is {done.returncode}: {(wrong or ['it does not say why'])[-1]}")
+    return messages
 
 
 def decode_clip(path, media):
-    """-> uint8 (F, size, size, 3), float32 (samples,): its first hour, resampled and centre cropped. Raises ValueError.
+    """-> uint8 (F, size, size, 3), float32 (samples,): its first hour, resampled and cropped; empty if there is none.
 
-    ffmpeg chooses the streams. One call decodes both, so their times have one origin. What starts later than the other
-    is preceded by its own first frame, or by silence."""
+    ffmpeg chooses the streams. Its filters begin anew where a stream changes its format, so the first call only brings
+    it to one format, and the second fills gaps. What starts late is preceded by its first frame, or by silence."""
     crop = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # the sample aspect ratio, sar: pixels need not be square
-    picture = ["-an", "-vf", f"fps={media.fps}:start_time=0,{crop},scale={media.size}:{media.size}"]
-    picture += ["-t", "3600", "-f", "rawvideo", "-pix_fmt", "rgb24"]
-    sound = ["-vn", "-af", "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"]
-    sound += ["-t", "3600", "-ar", str(media.sample_rate), "-f", "wav", "-c:a", "pcm_f32le"]
+    scale = f"scale={media.size}:{media.size}:out_color_matrix=bt709:out_primaries=bt709:out_transfer=bt709"  # HDR, too
+    picture = f"fps={media.fps},{crop},{scale},setsar=1,format=rgb24"
+    sound = f"aresample={media.sample_rate}:rematrix_maxval=1,aformat=channel_layouts=mono"  # at most as loud
+    copy = ["-vf", picture, "-c:v", "rawvideo", "-fps_mode", "passthrough", "-af", sound, "-c:a", "pcm_f32le"]
+    streams = {"rawvideo": (np.uint8, "-an", "-vf", f"fps={media.fps}:start_time=0", "-f", "rawvideo"),
+               "pcm_f32le": (np.float32, "-vn", "-af", "aresample=async=1:first_pts=0", "-f", "f32le")}  # fmt: skip
+    parts = []
     with tempfile.TemporaryDirectory() as folder:
-        pixels, wav = Path(folder, "pixels"), Path(folder, "wav")
-        error = ffmpeg(path, "-v", "error", *picture, pixels, *sound, wav)
-        if "does not contain any stream" in error:
-            raise ValueError("no picture" if "out#0" in error else "no sound")  # the picture is output 0
-        try:
-            frames, shape = np.fromfile(pixels, np.uint8), (-1, media.size, media.size, 3)
-            frames = frames[: frames.size - frames.size % math.prod(shape[1:])].reshape(shape)
-            samples, _ = soundfile.read(wav, dtype="float32", always_2d=True)
-        except (OSError, soundfile.SoundFileError):
-            frames, samples = [], []
-    if not len(frames) or not len(samples):
-        raise ValueError(f"ffmpeg cannot decode it ({(error.splitlines() or ['no output'])[-1]})")
-    left, right = torch.from_numpy(samples).nan_to_num().mT[[0, -1]]
-    sign = 1 if left @ right >= 0 else -1  # the mean of two channels in opposite phase would be silent
-    return torch.from_numpy(frames), ((left + sign * right) / 2).clamp(-1, 1)
+        clip, raw = Path(folder, "clip"), Path(folder, "raw")
+        messages = ffmpeg(path, *copy, "-t", "3600", "-f", "nut", clip)
+        if messages.count("[info]   Program ") > 1:
+            raise ValueError("it holds several programmes: keep one")
+        for codec, (dtype, *arguments) in streams.items():
+            raw.write_bytes(b"")
+            if f"-> {codec} " in messages:
+                ffmpeg(clip, "-copyts", *arguments, "-y", raw)
+            parts.append(torch.from_numpy(np.fromfile(raw, dtype)))
+    return parts[0].view(-1, media.size, media.size, 3), parts[1].nan_to_num().clamp(-1, 1)
 
 
-def clip_windows(path, layout, media, seconds=None, every=None):
+def clip_windows(path, layout, media, seconds=None, every=None, needed=("video", "audio")):
     """Decode a clip and cut it into windows -> {"video": list of views, "audio": list of views}. They last `seconds` or
-    as long as the layout. One starts every `every` frames, or where the one before ends. ValueError if none fits."""
-    video, audio = decode_clip(path, media)
+    as long as the layout, and begin every `every` frames, or where the one before ends. What is not `needed` may end
+    early or be absent: it goes on black or silent. Raises ValueError."""
     need, need_audio = [seconds or m.edges[-1] for m in layout.modalities]
     frames, samples = round(need * media.fps), round(need_audio * media.sample_rate)
+    video, audio = decode_clip(path, media)
+    have = f"{len(video) / media.fps:g} s of picture and {len(audio) / media.sample_rate:g} s of sound"
+    video = F.pad(video, (*[0] * 7, 0 if "video" in needed else frames))
+    audio = F.pad(audio, (0, 0 if "audio" in needed else samples))
     starts = [(k, round(k / media.fps * media.sample_rate)) for k in range(0, len(video) - frames + 1, every or frames)]
-    starts = [(frame, sample) for frame, sample in starts if sample + samples <= len(audio)]
-    if not starts:
-        have = min(len(video) / media.fps, len(audio) / media.sample_rate)
-        raise ValueError(f"{have:.2f} s of picture and sound, {need:.2f} s are needed")
-    if audio.abs().max() < 1e-4:
+    parts = [(video[k : k + frames], audio[j : j + samples]) for k, j in starts if j + samples <= len(audio)]
+    if not parts:
+        raise ValueError(f"{have}, {need:g} s are needed")
+    if "audio" in needed and audio.abs().max() < 1e-4:
         raise ValueError("its sound is silent all through")
-    parts = [(video[frame : frame + frames], audio[sample : sample + samples]) for frame, sample in starts]
     return dict(zip(("video", "audio"), map(list, zip(*parts))))
 
 
@@ -446,11 +445,11 @@ def usable(paths, read, mapper=map):
     def attempt(path):
         try:
             return read(path)
-        except ValueError as why:
+        except (ValueError, OSError) as why:
             return why
 
     for done, (path, clips) in enumerate(zip(paths, mapper(attempt, paths)), 1):
-        if isinstance(clips, ValueError):
+        if isinstance(clips, Exception):
             print(f"skipped {path.name}: {clips}", file=sys.stderr)
         else:
             yield path.name, clips
@@ -459,32 +458,33 @@ def usable(paths, read, mapper=map):
 
 
 def read_latents(path):
-    """-> latents, a dict of float32 (n, N_m, *grid, d_m), and their Layout. ValueError says why a file cannot be used.
+    """-> latents, a dict of float32 (n, N_m, *grid, d_m); their Layout; a checksum of both. Raises ValueError.
 
     Every pair of arrays X and X_edges is a modality. "video", or else the first name, is the time reference."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except Exception as why:  # np.load raises many kinds on a file that is no .npz
-        raise ValueError(f"{path} is no .npz of plain arrays ({why})") from None
+    with open(path, "rb") as file:
+        try:
+            arrays = dict(np.load(file, allow_pickle=False))
+        except Exception as why:  # np.load raises many kinds on a file that is no .npz
+            raise ValueError(f"{path} is no .npz of plain arrays ({why})") from None
     names = sorted((k for k in arrays if not k.endswith("_edges")), key=lambda name: name != "video")
     if not names or {*names, *(f"{name}_edges" for name in names)} != set(arrays):
         raise ValueError(f"{path} must hold pairs such as video and video_edges; it holds {', '.join(arrays)}")
-    latents, modalities = {}, []
+    taken = (*dir(nn.ParameterDict()), *dir(Tokenizers), "layout", "condition", "file", "allow_pickle")
+    latents, modalities, checksum = {}, [], 0
     for name in names:
         z, edges = arrays[name], arrays[f"{name}_edges"]
-        if not name.isidentifier() or name in (*dir(nn.ParameterDict()), *dir(Tokenizers), "layout"):
+        if not name.isidentifier() or name in taken or name.startswith("given_") or name.endswith("_true"):
             raise ValueError(f"{path}: {name!r} cannot be a modality's name")
         if z.dtype.kind not in "fiu" or edges.dtype.kind not in "fiu":
             raise ValueError(f"{path}: {name} and {name}_edges must hold real numbers, not {z.dtype} and {edges.dtype}")
-        if z.ndim < 3 or len(z) != len(arrays[names[0]]) or edges.shape != (z.shape[1] + 1,):
-            raise ValueError(f"{path}: {name} {z.shape} does not fit {name}_edges {edges.shape}, or {names[0]}'s clips")
-        if len(z) < 2 or not z.size:
-            raise ValueError(f"{path}: {name} {z.shape} is too little: two clips or more, and no axis of length 0")
+        if z.ndim < 3 or len(z) != max(2, len(arrays[names[0]])) or edges.shape != (z.shape[1] + 1,) or not z.size:
+            raise ValueError(f"{path}: {name} {z.shape} must be (clips, segments, ..., channels), with the clips of "
+                             f"{names[0]}, two at least, and the segments of {name}_edges {edges.shape}")  # fmt: skip
         with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, and are named below
-            z, edges = z.astype(np.float32), edges.astype(np.float64)
+            z, edges = z.astype(np.float32, "C"), edges.astype(np.float64)
         if not (np.isfinite(z).all() and np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
             raise ValueError(f"{path}: {name} holds values that are not finite, or edges that do not rise")
         latents[name] = torch.from_numpy(z)
         modalities.append(Modality(name, z.shape[2:-1], z.shape[-1], tuple(edges.tolist())))
-    return latents, Layout(modalities)
+        checksum = zlib.crc32(z, zlib.crc32(repr(modalities[-1]).encode(), checksum))
+    return latents, Layout(modalities), checksum

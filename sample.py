@@ -5,7 +5,7 @@ checkpoint, masks, generation window after window, pictures and sound, the comma
 
 import math
 import sys
-from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 
 import imageio
@@ -16,19 +16,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from avdit import PRESETS, SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, generate, task_mask
-from data import Media, clip_windows, in_chunks, open_data
+from data import Media, clip_windows, in_chunks, kind_of
 from train import DEVICES, DTYPES, Parser, flush, number, open_device, opened, precision
 
 
 def sample(args):
     """Write args.n samples of every task to args.out. Raises ValueError if the arguments are wrong."""
-    trained, out = Trained(args.ckpt, open_device(args.device)), Path(args.out)
+    trained, out = Trained(args.ckpt, open_device(args.device), args.data), Path(args.out).absolute()
     windows = Windows(trained, args.seconds)
     masks = choose_masks(args, trained, windows.whole)  # {task: bool (S,)}, True = given
     true, index = true_clips(args, trained, windows, masks)  # where the given parts come from
     if trained.data.decodes and any(given.any() for given in masks.values()):
         write_media(out / "true", package(trained, windows, windows.cut(true), torch.ones(windows.whole.S).bool()))
     for task, given in masks.items():
+        if args.guidance and not (given & windows.whole.of(args.guidance_drop or windows.whole.names)).any():
+            print(f"{task} is not guided: it is given nothing that the unconditional pass could drop")
         arrays = package(trained, windows, generate_clips(args, trained, windows, true, given, task), given)
         if given.any():
             arrays |= {"condition": index.numpy(), **{f"{name}_true": x.numpy() for name, x in true.items()}}
@@ -44,7 +46,7 @@ def sample(args):
 class Trained:
     """A checkpoint ready to be sampled: the network with averaged weights, its layout, its tokenizers, its data."""
 
-    def __init__(self, path, device):
+    def __init__(self, path, device, data=None):
         path, self.device = Path(path), device
         path = path if path.suffix == ".pt" else path / "ckpt.pt"
         if not path.exists():
@@ -54,7 +56,7 @@ class Trained:
             self.preset, self.held_out = PRESETS[config["preset"]], saved["held_out"]
             self.media = Media(config["fps"], config["size"], config["sample_rate"])
             self.layout = Layout([Modality(**m) for m in saved["modalities"]])
-            self.data = open_data(config["data"], self.media, self.layout)
+            self.data = kind_of(config["data"])(data or config["data"], self.media, self.layout)
             self.model = self.preset.model(self.layout, config["prediction"])
             self.model.load_state_dict(saved["ema"])
             self.tokenizers = self.data.tokenizers()
@@ -71,8 +73,8 @@ def choose_masks(args, trained, whole):
     mistakes = [
         (args.given and args.task != "all", "--given and --task each say what is given: use one"),
         (args.guidance_drop and not args.guidance, "--guidance-drop is for a --guidance other than 0"),
-        (args.input and not trained.data.decodes, "--input needs clips, and this checkpoint was trained on latents"),
-        (args.input and args.task == "joint", "--input is a clip to be given, but --task joint is given nothing"),
+        (args.data and kind_of(args.data) is not type(trained.data), "the checkpoint is of another kind of --data"),
+        (args.input and (args.task == "joint" or not trained.data.decodes), "--input is for clips with a given part"),
     ]
     for wrong, message in mistakes:
         if wrong:
@@ -105,13 +107,14 @@ def parse_given(spans, layout):
 def true_clips(args, trained, windows, masks):
     """-> the clips that given parts are cut from, n of them, and the index (n,) of each. They come from --input or from
     the held-out clips. They last one window at least, and cover every given segment."""
-    ends = [windows.whole.ends[given].max().item() for given in masks.values() if given.any()]
-    seconds = max(windows.span, min(windows.seconds, max(ends, default=0)))
-    if not ends:
+    given = torch.stack([*masks.values()]).any(0)  # in any task
+    needed = [name for name, mask in windows.whole.split(given).items() if mask.any()]
+    seconds = max(windows.span, min(windows.seconds, (given * windows.whole.ends).max().item()))
+    if not needed:
         clips = trained.tokenizers.decode(torch.zeros(1, trained.layout.E))  # any: not looked at
     elif args.input:
         try:
-            clips = clip_windows(args.input, trained.layout, trained.media, seconds)
+            clips = clip_windows(args.input, trained.layout, trained.media, seconds, needed=needed)
         except ValueError as why:
             raise ValueError(f"--input {args.input}: {why}") from None
         clips = {name: x[0][None] for name, x in clips.items()}
@@ -169,7 +172,7 @@ def longer(m, seconds):
     """The modality with more segments as long as its last one, until `seconds` are covered."""
     end, step = m.edges[-1], m.edges[-1] - m.edges[-2]
     count = math.ceil((seconds - end) / step - 1e-6)
-    return replace(m, edges=(*m.edges, *(end + step * (i + 1) for i in range(count))))
+    return Modality(m.name, m.grid, m.channels, (*m.edges, *(end + step * (i + 1) for i in range(count))))
 
 
 def generate_clips(args, trained, windows, true, given, label):
@@ -257,8 +260,7 @@ def spectrogram(sound, rate, width, height):
     lines = torch.stft(sound, size, max(1, len(sound) // width), window=torch.hann_window(size), pad_mode="constant",
                        return_complex=True).abs()[: 1 + 4000 * size // rate]  # fmt: skip
     level = 255 + 255 / 60 * 20 * torch.log10(lines / (size / 4) + 1e-6)  # 60 dB below full scale is black
-    image = Image.fromarray(level.clamp(0, 255).byte().flip(0).numpy())
-    return np.repeat(np.array(image.resize((width, height)))[..., None], 3, -1)
+    return np.array(Image.fromarray(level.clamp(0, 255).byte().flip(0).numpy()).resize((width, height)).convert("RGB"))
 
 
 def film(video, audio, given, rate, width=256):
@@ -278,9 +280,8 @@ def film(video, audio, given, rate, width=256):
 
 def write_sheet(path, title, video, audio, given, rate, true=None, names=None):
     """One block per sample: the true frames, the sample's frames above their track, its spectrogram above its track."""
-    every = math.ceil(video.shape[1] / 24)  # of a long clip, one in so many frames
+    every, names = math.ceil(video.shape[1] / 24), names or [f"{i:02}" for i in range(len(video))]  # a frame in so many
     video, true = video[:, ::every], None if true is None else true[:, ::every]
-    names = names or [f"{i:02}" for i in range(len(video))]
     edge, margin = max(48, min(64, video.shape[2])), 64 + 6 * max(map(len, names))
     width = edge * video.shape[1]
 
@@ -290,8 +291,7 @@ def write_sheet(path, title, video, audio, given, rate, true=None, names=None):
 
     rows = []  # label, pixels
     for i, name in enumerate(names):
-        if true is not None:
-            rows.append((f"{name} true video", row(true[i])))
+        rows += [] if true is None else [(f"{name} true video", row(true[i]))]
         rows += [(f"{name} video", row(video[i])), ("", track(given[0], width))]
         rows += [(f"{name} audio", spectrogram(audio[i], rate, width, edge)), ("", track(given[1], width))]
         rows.append(("", np.zeros((10, width, 3), np.uint8)))
@@ -327,10 +327,9 @@ def write_media(folder, made, sheet=None):
 def write_page(out, layout, masks, n):
     """Write OUT/index.html: every task, what is given, its clips beside the true ones, its sheet -> its path."""
     seconds = layout.ends - layout.starts
-    style = "body {font-family: sans-serif; margin: 1.5em} div {display: flex; flex-wrap: wrap; gap: 1em}"
     page = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>AVDiT</title>",
-            f"<style>{style} figure {{margin: 0; max-width: 45%}} img, video {{max-width: 100%}}</style>",
-            "<p>Grey was given, green was generated.</p>"]  # fmt: skip
+            "<style>body {font-family: sans-serif} div {display: flex; flex-wrap: wrap; gap: 1em} figure {margin: 0;",
+            "max-width: 45%} img, video {max-width: 100%}</style><p>Grey was given, green was generated."]  # fmt: skip
     for task, given in masks.items():
         spans = [f"{x:g} s of {m}" for m in layout.names if (x := seconds[given & layout.of([m])].sum())]
         page.append(f"<h2>{task}</h2><p>Given: {' and '.join(spans) or 'nothing'}.</p><div>")
@@ -350,7 +349,8 @@ def make_parser(about, n):
     """The arguments that tests/score.py shares."""
     parser = Parser(description=about, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", default="runs/toy", help="a ckpt.pt, or its folder (%(default)s)")
+    add("--ckpt", default="runs/toy", type=expanduser, help="a ckpt.pt, or its folder (%(default)s)")
+    add("--data", type=expanduser, help="where the training data are, if they have moved")
     add("--task", default="all", choices=("all", *TASKS), help="what is given and what is generated (%(default)s)")
     add("--n", type=number(int, 1, 2**16), default=n, help="samples of each task (%(default)s)")
     add("--sampler", choices=SAMPLERS, help="how z steps down (the preset's)")
@@ -369,8 +369,8 @@ def main():
     parser = make_parser(__doc__.split(" See")[0], n=8)
     parser.add_argument("--given", nargs="+", action="extend", default=[], metavar="SPAN",
                         help="spans that are given, in place of a task: video:0-0.625 audio:0-2")  # fmt: skip
-    parser.add_argument("--input", help="a clip whose parts are given (held-out clips)")
-    parser.add_argument("--out", default="samples", help="folder to write to (%(default)s)")
+    parser.add_argument("--input", type=expanduser, help="a clip whose parts are given (held-out clips)")
+    parser.add_argument("--out", default="samples", type=expanduser, help="folder to write to (%(default)s)")
     args = parser.parse_args()
     with parser.guarding("use a smaller --n or fewer --seconds"):
         sample(args)

@@ -4,6 +4,7 @@ train() is Alg. 2 as a loop. Below stands what it uses: what a step draws, the o
 log, devices and processes, the command line."""
 
 import argparse
+import atexit
 import copy
 import importlib.util
 import math
@@ -13,12 +14,13 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cache
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,7 +63,7 @@ def train(args):
             with precision(args.dtype, machine.device, layout):
                 loss, error = training_loss(net, schedule, layout, z0, t_rows, eps, self_conditioning)  # lines 5 to 11
             (loss / args.accumulate).backward()  # DistributedDataParallel averages over processes
-            run.log.add(error, t_rows, schedule.T)
+            run.log.add(error, t_rows)
             flush(machine.device)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         for optimizer in run.optimizers.values():
@@ -73,8 +75,7 @@ def train(args):
 
 
 # --- What a step draws, and the average of the weights ----------------------------------------------------------------
-# For given settings a draw depends on (seed, step, row of the batch) alone. So a resumed run, another number of
-# processes and another device all see the same batches.
+# A draw depends on the seed, the step and the row alone: a resumed run, more processes, another device draw the same.
 
 
 def draw(args, step, examples, layout, T):
@@ -134,16 +135,14 @@ def make_optimizers(name, model):
         is_matrix = name == "muon" and key.startswith("blocks.") and p.ndim == 2
         (matrices if is_matrix else rest).append(p)
     fused = rest[0].device.type in ("cpu", "cuda")
-    optimizers = {
-        "adamw": torch.optim.AdamW([{"params": rest, "lr_scale": 1}], betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
-    }
-    return {**optimizers, "muon": Muon(matrices)} if matrices else optimizers
+    adamw = torch.optim.AdamW([{"params": rest, "lr_scale": 1}], betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+    return {"adamw": adamw, "muon": Muon(matrices)} if matrices else {"adamw": adamw}
 
 
 # --- A run, its checkpoint and its log --------------------------------------------------------------------------------
 
 FORMAT = 5  # of a checkpoint: increment it when what a checkpoint holds changes its meaning
-FREE = ("device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
+FREE = ("data", "device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
 
 
 class Run:
@@ -180,8 +179,8 @@ class Run:
             self.save(0)
             self.load()
         z = self.tokenizers.encode(clips)
-        if len(z) != self.about["clips"]:
-            raise FileExistsError(f"{self.path} is of {self.about['clips']} clips, not {len(z)}: use another --out")
+        if (len(z), held_out) != (self.about["clips"], self.about["held_out"]):
+            raise FileExistsError(f"{self.path} is of other clips than {self.args.data}: use another --out")
         self.log.began = (self.step, time.monotonic())
         return z
 
@@ -220,15 +219,28 @@ class Run:
         if saves or step % self.log.EVERY == 0:
             tensors = [self.machine.total(self.log.sums), *self.model.parameters()]
             if not torch.stack([x.isfinite().all() for x in tensors]).all():
-                raise FloatingPointError(f"the loss or the weights are not finite at step {step}")
+                raise FloatingPointError(f"not finite at step {step}: the last good checkpoint is {self.path}")
             self.log.write(step, self.args.steps)
         if saves:
             self.save(step)
 
 
+@cache
+def alone(folder):
+    """Refuses a folder that another process writes to. The operating system ends the lock with this process."""
+    try:
+        fcntl = importlib.import_module("fcntl")
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"another run writes to {folder}: use another --out") from None
+    except (ImportError, OSError):  # Windows, and some shared file systems, have no such lock
+        pass
+
+
 @contextmanager
 def replacing(path):
     """Yields a path to write to. `path` keeps its old content until the block ends well, then has the new one."""
+    alone(path.parent)
     other = path.with_name(path.name + ".partial")
     try:
         yield other
@@ -266,17 +278,15 @@ def on_cpu(x):
 
 
 class Log:
-    """log.csv and the progress line: the mean squared error since the last line where t > 0, by modality and quarter of
-    the noise levels. Errors are not weighted, so that runs with the same --prediction can be compared. The sums stay on
-    the device, so no step waits for them. All lines travel in the checkpoint, and log.csv is written from them."""
+    """log.csv and the progress line: the unweighted mean squared error where t > 0 since the last line, of all and by
+    modality. The sums stay on the device, so no step waits for them. The checkpoint holds all lines of log.csv."""
 
-    EVERY, BINS = 50, 4  # steps per line; quarters
+    EVERY = 50  # steps per line
 
     def __init__(self, path, layout, machine):
         self.path, self.layout, self.machine = path, layout, machine
-        bins = [f"{name}_t{k * 250 + 1}_{k * 250 + 250}" for name in layout.names for k in range(self.BINS)]
-        self.lines = [["step", "mse", *layout.names, *bins]]
-        self.sums = torch.zeros(2, len(layout.names), self.BINS, device=machine.device)  # squared errors; their number
+        self.lines = [["step", "mse", *layout.names]]
+        self.sums = torch.zeros(2, layout.E, device=machine.device)  # over examples: squared errors; their number
 
     def state_dict(self):
         return {"lines": self.lines}
@@ -288,21 +298,18 @@ class Log:
     def write_file(self):
         if self.machine.rank == 0:
             with replacing(self.path) as path:
-                path.write_text("".join(",".join(line) + "\n" for line in self.lines))
+                path.write_text("".join(",".join(line) + "\n" for line in self.lines), encoding="utf-8")
 
-    def add(self, error, t, T):
+    def add(self, error, t):
         """Squared errors (B, E) at the timesteps t (B, S)."""
-        parts = zip(self.layout.unpack(error).values(), self.layout.split(t).values())
-        for k, (error_m, t_m) in enumerate(parts):
-            quarter = (t_m - 1).clamp(min=0) * self.BINS // T
-            bins = F.one_hot(quarter, self.BINS) * (t_m > 0)[..., None]  # (B, N_m, BINS)
-            self.sums[0, k] += (bins * error_m.flatten(2).sum(-1, keepdim=True)).sum((0, 1))
-            self.sums[1, k] += bins.sum((0, 1)) * error_m[0, 0].numel()
+        noisy = self.layout.per_element(t > 0)
+        self.sums += torch.stack([error * noisy, noisy]).sum(1)
 
     def write(self, step, steps):
-        errors, counts = self.machine.total(self.sums).cpu()  # (M, BINS) each
+        sums = self.machine.total(self.sums).cpu()
         self.sums.zero_()
-        values = [errors.sum() / counts.sum(), *(errors.sum(1) / counts.sum(1)), *(errors / counts).flatten()]
+        parts = [x.flatten(1).sum(1) for x in (sums, *self.layout.unpack(sums).values())]  # of all, then by modality
+        values = [error / count for error, count in parts]
         self.lines.append([str(step), *("" if v.isnan() else f"{v:.6f}" for v in values)])  # "" where nothing was drawn
         self.write_file()
         speed = (step - self.began[0]) / (time.monotonic() - self.began[1])
@@ -360,8 +367,7 @@ class Machine:
     gradients; or one process that spreads every batch over all XLA devices (SPMD). Only rank 0 prints and saves."""
 
     def __init__(self, name):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.mesh = None
+        self.rank, self.world, self.mesh = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1")), None
         if name == "xla" and self.world > 1:
             raise ValueError("--device xla spreads one process over all devices: start it without torchrun")
         if name == "xla" and importlib.util.find_spec("torch_xla"):
@@ -376,8 +382,9 @@ class Machine:
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
         if self.rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
 
     def rows(self, batch, accumulate):
         """The rows of a batch for this process, one tensor per micro-batch. Raises ValueError if sizes would differ."""
@@ -400,7 +407,7 @@ class Machine:
         """The model; with several processes, wrapped so that they average their gradients."""
         if self.world == 1:
             return model
-        net = DistributedDataParallel(model, broadcast_buffers=False)
+        net = DistributedDataParallel(model)
         net.prediction = model.prediction  # predict() reads it
         return net
 
@@ -423,10 +430,13 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def guarding(self, remedy):
-        """Turns wrong input (ValueError, OSError) and lack of memory into such a line."""
+        """Turns wrong input (ValueError, OSError), lack of memory and Ctrl-C into such a line."""
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that it cannot print
         try:
             yield
-        except (ValueError, OSError) as why:
+        except KeyboardInterrupt:
+            self.exit(130, "stopped: the same command goes on or begins anew\n")
+        except (ValueError, OSError, FloatingPointError) as why:
             self.error(why)
         except (MemoryError, RuntimeError) as why:
             if not isinstance(why, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(why):
@@ -450,7 +460,7 @@ def number(kind, least, most):
 def make_parser():
     """--data sets the default preset, and both set the other defaults, so these two are read first."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="toy", help="toy, a folder of clips, or a .npz of latents (%(default)s)")
+    first.add_argument("--data", default="toy", type=expanduser, help="toy, a folder of clips or a .npz (%(default)s)")
     kind = kind_of(first.parse_known_args()[0].data)
     first.add_argument("--preset", default=kind.preset, choices=PRESETS, help="network and recipe (%(default)s)")
     preset = first.parse_known_args()[0].preset
@@ -474,7 +484,7 @@ def make_parser():
     add("--accumulate", type=count, default=1, help="micro-batches per step, to save memory (%(default)s)")
     add("--save-every", type=count, default=100, help="steps between checkpoints (%(default)s)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights and batches (%(default)s)")
-    add("--out", default="runs/toy", help="folder of ckpt.pt and log.csv; a run found there goes on (%(default)s)")
+    add("--out", default="runs/toy", type=expanduser, help="folder of the run, which goes on there (%(default)s)")
     parser.set_defaults(**recipe)
     return parser
 
@@ -482,16 +492,8 @@ def make_parser():
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    try:
-        with parser.guarding("use a smaller --batch, more --accumulate for the same, a smaller --size or fewer clips"):
-            train(args)
-    except FloatingPointError as why:
-        parser.exit(1, f"{why}: the last good checkpoint is {Path(args.out) / 'ckpt.pt'}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"stopped; the same command goes on, from at most {args.save_every} steps before\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with parser.guarding("use a smaller --batch, more --accumulate for the same, a smaller --size or fewer clips"):
+        train(args)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     with parser.guarding("use a smaller --n"):
-        trained = sample.Trained(args.ckpt, open_device(args.device))
+        trained = sample.Trained(args.ckpt, open_device(args.device), args.data)
         windows = sample.Windows(trained, args.seconds)
         tasks, toy = sample.choose_masks(args, trained, windows.whole), isinstance(trained.data, ToyWorld)
         mistakes = [

@@ -1,9 +1,11 @@
 """Nothing is lost: runs that are killed, stopped, out of disk or broken; checkpoints and flags that are wrong."""
 
+import fcntl
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,8 +139,8 @@ def test_killed_and_stopped_at_any_moment(tmp_path):
         if end == "done":
             assert (status, step, len(files)) == (0, 24, 2) and text.endswith("done: killed/ckpt.pt\n"), err
         elif end == "Ctrl-C":
-            line = f"stopped; the same command goes on, from at most {EVERY} steps before"
-            assert (status, len(files)) == (130, 2) and one_line(err).endswith(line)
+            line = "stopped: the same command goes on or begins anew"
+            assert (status, len(files)) == (130, 2) and one_line(err) == line
         else:
             assert status == -signal.SIGKILL
         before = step
@@ -291,7 +293,7 @@ def test_broken_numbers_stop_the_run_and_are_not_saved(call, latents, tmp_path, 
         monkeypatch.setattr(train, "training_loss", bad_loss)
     monkeypatch.setattr(train.Log, "EVERY", every)
     status, _, err = call(train, *latents)
-    assert status == 1 and f"at step {step}: the last good checkpoint is runs/z/ckpt.pt" in one_line(err)
+    assert status == 2 and f"at step {step}: the last good checkpoint is runs/z/ckpt.pt" in one_line(err)
     state = checkpoint(tmp_path / "runs/z")
     assert state["step"] == 2 and all(x.isfinite().all() for part in ("model", "ema") for x in state[part].values())
     assert "nan" not in (tmp_path / "runs/z/log.csv").read_text()
@@ -377,14 +379,13 @@ def test_a_wrong_checkpoint_gets_one_line(call, latents, tmp_path, name):
     assert not (tmp_path / "ran").exists() and path.read_bytes() == before
 
 
-OTHER = {"data": "other.npz", "preset": "clips", "mixture": "pm", "prediction": "v", "batch": 8, "steps": 5,
+OTHER = {"preset": "clips", "mixture": "pm", "prediction": "v", "batch": 8, "steps": 5,
          "optimizer": "adamw", "lr": 0.5, "warmup": 7, "ema": 0.5, "dtype": "bf16", "seed": 5}  # fmt: skip
 FORMAT = {"fps": 9, "size": 96, "sample_rate": 16000}
 
 
 def test_another_command_into_the_same_folder_is_refused(call, latents, tmp_path):
     """Every setting but those in FREE."""
-    latents_file(tmp_path / "other.npz")
     assert call(train, *latents)[0] == 0
     path = tmp_path / "runs/z/ckpt.pt"
     before, state = path.read_bytes(), torch.load(path, weights_only=True)
@@ -421,8 +422,35 @@ def test_more_clips_are_refused(call, latents, tmp_path):
     before = (tmp_path / "runs/z/ckpt.pt").read_bytes()
     latents_file(tmp_path / "z.npz", **more)
     status, _, err = call(train, *latents)
-    assert status == 2 and "runs/z/ckpt.pt is of 10 clips, not 12: use another --out" in one_line(err)
+    assert status == 2 and "runs/z/ckpt.pt is of other clips than z.npz: use another --out" in one_line(err)
     assert (tmp_path / "runs/z/ckpt.pt").read_bytes() == before
+
+
+def test_two_runs_into_one_folder(call, latents, tmp_path):
+    """The second one is refused and writes nothing, whether it is new or goes on."""
+    assert call(train, *latents)[0] == 0
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+    shutil.copy(tmp_path / "runs/z/ckpt.pt", tmp_path / "old")
+    lock = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(); input()"
+    for name, files in (("new", []), ("old", ["ckpt.pt"])):
+        command = [sys.executable, "-uc", lock, tmp_path / name]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            status, _, err = call(train, *latents, "--out", name)
+            assert status == 2 and f"another run writes to {name}: use another --out" in one_line(err)
+            assert [path.name for path in (tmp_path / name).iterdir()] == files
+            other.kill()
+        assert call(train, *latents, "--out", name)[0] == 0  # the system has freed it
+
+
+def test_a_file_system_without_locks(call, latents, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    train.alone.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert call(train, *latents)[0] == 0
 
 
 def test_constant_data_break_nothing(call, latents, tmp_path):
@@ -441,7 +469,7 @@ def nonsense(parser):
         name = action.option_strings[-1]
         if action.choices:
             yield from ((name, value) for value in ("x", "", "TOY", "0"))
-        elif action.type:
+        elif action.type not in (None, os.path.expanduser):
             for value in ("x", "", "nan", "-inf", "-1", 10**30, "1" + "0" * 400, "1e400"):
                 if (name, value) != ("--guidance", "-1"):
                     yield name, value
@@ -461,7 +489,7 @@ def test_every_flag_refuses_nonsense(call, latents, monkeypatch, script):
         status, _, err = call(script, *common, flag, value)
         assert status == 2 and len(one_line(err)) < 1200, (flag, value)
         tried.add(flag.split("=")[0])
-    free = {train: "--data --mixture --out", sample: "--ckpt --given --input --guidance-drop --out"}[script]
+    free = {train: "--data --mixture --out", sample: "--ckpt --data --given --input --guidance-drop --out"}[script]
     words = {action.option_strings[-1] for action in parsers[0]._actions} - tried
     assert words == {*free.split()}  # these take any text; see MISTAKES in test_train.py and test_sample.py
 

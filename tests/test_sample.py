@@ -233,7 +233,7 @@ def written(model, tmp_path_factory):
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(model), "--n", "2", "--steps", "2"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"open {Path('samples/index.html')} to see and hear them" in done.stdout
+    assert f"open {folder / 'samples/index.html'} to see and hear them" in done.stdout
     return folder / "samples"
 
 
@@ -276,7 +276,7 @@ def test_mp4_and_wav_show_and_play_the_clip_of_their_number(written, folder):
         picture = frames[:, 4:256:8, 4:256:8].astype(int)
         own, other = (np.abs(picture - videos[k]).mean() for k in (i, 1 - i))
         assert own < 10 < other
-        messages = data.ffmpeg(written / folder / f"{i:02}.mp4")
+        messages = data.ffmpeg(written / folder / f"{i:02}.mp4", "-f", "null", "-")
         assert " 8 fps" in messages and "Audio: aac" in messages
         _, played = data.decode_clip(written / folder / f"{i:02}.mp4", data.TOY)
         assert abs(len(played) / 8000 - 2.125) < 0.1
@@ -609,9 +609,9 @@ def test_a_clip_needs_to_reach_its_last_given_segment_only(call, model, quick, t
     for flags, message in (
         (("--task", "continue"), ""),
         (("--given", "audio:3-4"), ""),
-        (("--given", "audio:3-4.4"), "4.38 s are needed"),
-        (("--task", "v2a"), "8.00 s are needed"),
-        (("--task", "a2v"), "8.00 s are needed"),
+        (("--given", "audio:3-4.4"), "4.375 s are needed"),
+        (("--task", "v2a"), "8 s are needed"),
+        (("--task", "a2v"), "8 s are needed"),
     ):
         status, _, err = call(sample, *arguments, *flags)
         assert (status, message in err) == (2 if message else 0, True), (flags, err)
@@ -682,6 +682,39 @@ def test_latents_to_latents(call, latents, tmp_path):
         assert status == 2 and len(err.splitlines()) == 1 and flags[0] in err and "clips" in err
 
 
+@pytest.mark.parametrize("change", ["scale", "edges", "one more"])
+def test_other_latents_do_not_pass_for_held_out_ones(call, latents, tmp_path, change):
+    assert call(train, *latents)[0] == 0
+    with np.load(tmp_path / "z.npz") as file:
+        video, audio = file["video"], file["audio"]
+    changes = {"scale": {"video": 2 * video}, "edges": {"audio_edges": np.linspace(0, 0.8, 7)},
+               "one more": {"video": video[[3, *range(12)]], "audio": audio[[3, *range(12)]]}}  # fmt: skip
+    latents_file(tmp_path / "z.npz", **changes[change])
+    for script, arguments in ((sample, ("--ckpt", "runs/z", "--n", 1, "--steps", 1)), (train, latents)):
+        status, _, err = call(script, *arguments)
+        assert status == 2 and len(err.splitlines()) == 1 and ("z.npz" in err or "other modalities" in err), err
+    assert not (tmp_path / "samples").exists()
+
+
+def test_data_that_have_moved(call, quick, latents, tmp_path):
+    """sample.py is told where they are, and train.py goes on with them."""
+    (tmp_path / "clips").mkdir()
+    for i in range(2):
+        make_clip(tmp_path / f"clips/{i}.mp4", tone=400 + 300 * i)
+    clips = ("--size", 32, "--sample-rate", 8000, "--preset", "toy", "--out", "runs/f", "--steps", 1, "--batch", 2)
+    assert call(train, "--data", "clips", *clips)[0] == 0 and call(train, *latents)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    for old, new in (("clips", "elsewhere/clips"), ("z.npz", "elsewhere/y.npz")):
+        (tmp_path / old).rename(tmp_path / new)
+    for name, arguments, moved in (("f", clips, "elsewhere/clips/"), ("z", latents[2:], tmp_path / "elsewhere/y.npz")):
+        where = ("--ckpt", f"runs/{name}", "--n", 1, "--steps", 1, "--task", "continue")
+        status, _, err = call(sample, *where)
+        assert status == 2 and len(err.splitlines()) == 1, err
+        assert call(sample, *where, "--data", moved)[0] == 0
+        status, out, err = call(train, "--data", moved, *arguments)
+        assert status == 0 and f"going on at step {arguments[arguments.index('--steps') + 1]}" in out, err
+
+
 def test_a_third_modality_from_file_to_samples(call, latents, tmp_path):
     """README, fork: a .npz may hold any modalities. Nothing of touch is lost from training to samples.npz."""
     touch = np.random.default_rng(1).standard_normal((12, 4, 2, 3)) * 5 - 2
@@ -731,6 +764,27 @@ def test_where_nothing_is_given_no_data_are_read(call, latents, tmp_path):
     assert status == 2 and len(err.splitlines()) == 1 and "z.npz" in err
 
 
+def test_only_what_is_given_has_to_be_there(call, model, quick, tmp_path):
+    """Sound alone is enough for a2v, and a silent film for v2a. In place of the rest there is black, or silence."""
+    sound = 0.5 * np.sin(np.arange(24000) / 3)
+    soundfile.write(tmp_path / "x.wav", sound, 8000)
+    film = make_clip(tmp_path / "x.mp4", sound=False, seconds=3)
+    short = make_clip(tmp_path / "short.mp4", seconds=1)
+    arguments = ("--ckpt", model, "--n", 1, "--steps", 1, "--input")
+    assert call(sample, *arguments, tmp_path / "x.wav", "--task", "a2v")[0] == 0
+    made = np.load(tmp_path / "samples/a2v/samples.npz")
+    np.testing.assert_allclose(made["audio_true"][0], sound[:17000], atol=1e-3)
+    assert not made["video_true"].any() and made["video_true"].shape == (1, 17, 32, 32, 3)
+    assert call(sample, *arguments, film, "--task", "v2a", "--seconds", 2.5)[0] == 0
+    made = np.load(tmp_path / "samples/v2a/samples.npz")
+    assert (made["video_true"][0] == data.decode_clip(film, data.TOY)[0][:20].numpy()).all()
+    assert not made["audio_true"].any() and made["audio_true"].shape == (1, 20000)
+    assert call(sample, *arguments, short, "--given", "video:0-0.625")[0] == 2  # a window is needed of what is given
+    for path, task in ((tmp_path / "x.wav", "v2a"), (film, "a2v"), (film, "all"), (tmp_path / "x.wav", "continue")):
+        status, _, err = call(sample, *arguments, path, "--task", task)
+        assert status == 2 and len(err.splitlines()) == 1 and "2.125 s are needed" in err, err
+
+
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no real clips beside the project")
 def test_a_real_clip_is_an_input(call, model):
     clip = CLIPS / "vas_dog_02677.mp4"
@@ -759,9 +813,10 @@ MISTAKES = (
     ("--ckpt CKPT --given video:0-1 --task joint", "use one"),
     ("--ckpt CKPT --guidance-drop smell --guidance 1", "use video, audio"),
     ("--ckpt CKPT --guidance-drop audio", "other than 0"),
-    ("--ckpt CKPT --task joint --input a.mp4", "given nothing"),
+    ("--ckpt CKPT --task joint --input a.mp4", "with a given part"),
+    ("--ckpt CKPT --data clips", "another kind of --data"),
     ("--ckpt CKPT --seconds 2", "at least 2.125"),
-    ("--ckpt CKPT --input nowhere.mp4", "--input nowhere.mp4: there is no such file"),
+    ("--ckpt CKPT --input nowhere.mp4", "No such file or directory: 'nowhere.mp4'"),
     ("--ckpt CKPT --input junk.pt", "--input junk.pt: "),
 )
 
@@ -782,6 +837,78 @@ def test_a_checkpoint_with_code_in_it_is_not_run(call, tmp_path):
     torch.save({"model": Bomb()}, tmp_path / "ckpt.pt")
     status, _, err = call(sample, "--ckpt", tmp_path)
     assert status == 2 and len(err.splitlines()) == 1 and not (tmp_path / "ran").exists()
+
+
+def test_what_is_not_guided_is_named(call, model, quick):
+    """Guidance drops what is given. Where that is nothing, it changes nothing."""
+    arguments = ("--ckpt", model, "--n", 1, "--steps", 1, "--guidance", 2)
+    note = "is not guided: it is given nothing that the unconditional pass could drop"
+    lines = call(sample, *arguments)[1].splitlines()
+    assert [line for line in lines if note in line] == [f"joint {note}"]
+    for task, drop, noted in (("a2v", "video", 1), ("a2v", "audio", 0), ("continue", "video", 0), ("v2a", "audio", 1)):
+        out = call(sample, *arguments, "--task", task, "--guidance-drop", drop)[1]
+        assert out.count(note) == noted, (task, drop)
+    assert note not in call(sample, *arguments[:-2])[1]
+
+
+def test_ctrl_c_gets_one_line(call, model, quick, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", stop)
+    status, _, err = call(sample, "--ckpt", model, "--n", 1)
+    assert status == 130 and err == "stopped: the same command goes on or begins anew\n"
+
+
+@pytest.mark.parametrize("out", ["a:b", "pipe:1", "%d", "-y"])
+def test_a_folder_of_any_name_is_written(call, model, tmp_path, out):
+    """Of some names ffmpeg would make a protocol, a pattern or an option."""
+    status, _, err = call(sample, "--ckpt", model, "--n", 1, "--steps", 1, "--task", "a2v", f"--out={out}")
+    assert status == 0, err
+    for folder in ("a2v", "true"):
+        assert len(imageio.v3.imread(tmp_path / out / folder / "00.mp4")) == 17
+
+
+def test_home_is_expanded_in_every_path(call, model, quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    make_clip(tmp_path / "home/x.mp4", seconds=3)
+    latents_file(tmp_path / "home/z.npz")
+    (tmp_path / "home/model").symlink_to(model)
+    flags = ("--ckpt=~/model", "--input=~/x.mp4", "--task", "a2v", "--n", 1, "--steps", 1, "--out=~/s")
+    assert call(sample, *flags)[0] == 0 and (tmp_path / "home/s/a2v/samples.npz").exists()
+    flags = ("--preset", "toy", "--steps", 1, "--batch", 2, "--out=~/r")
+    assert call(train, "--data=~/z.npz", *flags)[0] == 0 and (tmp_path / "home/r/ckpt.pt").exists()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_that_cannot_be_printed_end_nothing(tmp_path, encoding):
+    """From the folder of clips to samples, with another encoding than the names' on standard output."""
+    name = "\u65e5\u672c " + os.fsdecode(b"\xff")
+    (tmp_path / name).mkdir()
+    latents_file(tmp_path / name / "z.npz")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    for script, *flags in (
+        (
+            "train.py",
+            "--data",
+            f"{name}/z.npz",
+            "--preset",
+            "toy",
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--out",
+            f"{name}/r",
+        ),
+        ("sample.py", "--ckpt", f"{name}/r", "--n", "1", "--steps", "1", "--task", "a2v", "--out", f"{name}/s"),
+    ):
+        command = [sys.executable, str(ROOT / script), *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0 and b"\\u65e5" in done.stdout, done.stderr
+    assert (tmp_path / name / "s/a2v/samples.npz").exists()
 
 
 def test_progress_is_printed_on_a_terminal(call, model, quick, monkeypatch):

@@ -146,7 +146,6 @@ def reference(args, z, layout):
             errors, times = (torch.cat(x) for x in zip(*since))
             video = torch.arange(layout.E) < layout.sizes[0]
             wanted = [times > 0, (times > 0) & video, (times > 0) & ~video]
-            wanted += [(times > 250 * k) & (times <= 250 * k + 250) & x for x in (video, ~video) for k in range(4)]
             line, since = [errors[where].mean().item() for where in wanted], []
             saved[step + 1] = {name: p.detach().clone() for name, p in weights.items()}, dict(averages), line
     assert coins == {True, False} and min(norms) < 1 < max(norms), norms  # else the test would see less
@@ -184,8 +183,7 @@ def test_the_loop_is_alg_2(call, latents, tmp_path, monkeypatch, prediction, acc
             torch.testing.assert_close(state["model"][name], p, atol=1e-4, rtol=1e-3, msg=name)
             torch.testing.assert_close(state["ema"][name], averages[name], atol=1e-4, rtol=1e-3, msg=name)
     header, *rows = csv.reader((tmp_path / "runs/z/log.csv").open())
-    quarters = [f"{m}_t{low}_{low + 249}" for m in ("video", "audio") for low in (1, 251, 501, 751)]
-    assert header == ["step", "mse", "video", "audio", *quarters]
+    assert header == ["step", "mse", "video", "audio"]
     assert [int(row[0]) for row in rows] == [5, 10, 15, 20, 24] == list(saved)
     for row, (_, _, line) in zip(rows, saved.values()):
         assert [float(x) if x else math.nan for x in row[1:]] == pytest.approx(line, rel=1e-3, nan_ok=True)
@@ -230,7 +228,7 @@ def test_a_file_of_any_modalities_is_trained_on(call, tmp_path):
     np.savez(tmp_path / "x.npz", pose=pose, pose_edges=range(4), touch=touch, touch_edges=range(3))
     assert call(train, "--data", "x.npz", "--preset", "toy", "--steps", 1, "--batch", 2)[0] == 0
     header = next(csv.reader((tmp_path / "runs/toy/log.csv").open()))
-    assert header[:5] == ["step", "mse", "pose", "touch", "pose_t1_250"]
+    assert header == ["step", "mse", "pose", "touch"]
 
 
 def test_fps_size_and_sample_rate_are_the_format_of_a_folder(call, tmp_path, monkeypatch):
@@ -584,34 +582,30 @@ def test_a_checkpoint_lies_on_the_cpu():
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
-def test_log_bins_by_modality_and_noise_level(tmp_path):
+def test_the_log_is_of_all_and_of_every_modality(tmp_path):
     """Every element at t > 0 counts once, whatever its loss weight."""
     layout, g = TOY, torch.Generator().manual_seed(0)
     log = train.Log(tmp_path / "log.csv", layout, train.Machine("cpu"))
     log.began = (0, -1e6)
-    error, t = torch.rand(5, layout.E, generator=g), torch.randint(0, 1001, (5, layout.S), generator=g)
-    t[:3, :4] = torch.tensor([[0, 1, 250, 251], [500, 501, 750, 751], [1000, 0, 0, 1000]])
-    first = layout.of(["audio"]).nonzero()[0]
-    t[:, first:] = t[:, first:].clamp(max=750)  # no sound in the last quarter
+    error, t = torch.rand(5, layout.E, generator=g), torch.randint(0, 3, (5, layout.S), generator=g)
     for rows in (slice(2), slice(2, 5)):  # in two parts
-        log.add(error[rows], t[rows], 1000)
+        log.add(error[rows], t[rows])
     log.write(5, 10)
-    sums, counts = np.zeros((2, 4)), np.zeros((2, 4))
-    times = layout.per_element(t).tolist()
-    for example, at in zip(error.tolist(), times):
+    sums, counts = np.zeros(2), np.zeros(2)
+    for example, at in zip(error.tolist(), layout.per_element(t).tolist()):
         for k, (e, time) in enumerate(zip(example, at)):
             if time:
-                where = int(k >= layout.sizes[0]), math.ceil(time / 250) - 1
-                sums[where] += e
-                counts[where] += 1
-    row = next(csv.DictReader((tmp_path / "log.csv").open()))
-    assert row.pop("step") == "5" and row.pop("audio_t751_1000") == ""  # nothing was drawn there
-    want = [sums.sum() / counts.sum(), *(sums.sum(1) / counts.sum(1)), *(sums / counts.clip(min=1)).flatten()[:-1]]
-    assert [float(x) for x in row.values()] == pytest.approx(want, abs=2e-5)
-    log.add(error[:1], torch.full((1, layout.S), 1000), 1000)  # the next line has its own steps alone
+                sums[int(k >= layout.sizes[0])] += e
+                counts[int(k >= layout.sizes[0])] += 1
+    t = 1000 * layout.of(["video"]).expand(1, -1)
+    log.add(error[:1], t)  # the next line has its own steps alone, and no sound
     log.write(6, 10)
-    row = list(csv.DictReader((tmp_path / "log.csv").open()))[1]
-    assert float(row["mse"]) == pytest.approx(error[0].mean().item(), abs=2e-5) and row["video_t1_250"] == ""
+    one, two = csv.DictReader((tmp_path / "log.csv").open())
+    assert one.pop("step") == "5" and two.pop("step") == "6" and two.pop("audio") == ""
+    want = [sums.sum() / counts.sum(), *(sums / counts)]
+    assert [float(x) for x in one.values()] == pytest.approx(want, abs=2e-5)
+    want = error[0, : layout.sizes[0]].mean().item()
+    assert [float(x) for x in two.values()] == pytest.approx([want, want], abs=2e-5)
 
 
 # --- What a training step draws ---------------------------------------------------------------------------------------
