@@ -105,9 +105,7 @@ class Folder:
         found = usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds))
         parts = [clips for _, clips in islice(found, count)]
         if not parts:
-            raise ValueError(
-                f"none of the {len(names)} held-out files is in {self.path}, or usable: use --data or --input"
-            )
+            raise ValueError(f"none of the {len(names)} held-out files is usable in {self.path}: use --data or --input")
         return {name: torch.stack(x[:count]) for name, x in joined(parts).items()}
 
 
@@ -346,7 +344,11 @@ class Tokenizers(nn.ModuleDict):
             tokenizer.fit(clips[name])
 
     def encode(self, clips):
-        return self.layout.pack({name: in_chunks(self[name].encode, x) for name, x in clips.items()})
+        z = torch.empty(len(next(iter(clips.values()))), self.layout.E)
+        for i in range(0, len(z), 32):  # in place, because many small results between large ones fragment the memory
+            part = {name: self[name].encode(torch.stack([*x[i : i + 32]])) for name, x in clips.items()}
+            z[i : i + 32] = self.layout.pack(part)
+        return z
 
     def decode(self, z):
         return {name: in_chunks(self[name].decode, x) for name, x in self.layout.unpack(z).items()}
@@ -369,12 +371,8 @@ def features_of(function, x, clips=1024, most=2**26):
     generator = torch.Generator().manual_seed(0)
     chosen = [x[i] for i in torch.randperm(len(x), generator=generator)[:clips].sort().values]
     share = most / (len(chosen) * function(chosen[0][None]).numel())
-
-    def some(part):
-        vectors = function(part).flatten(0, -2)
-        return vectors[torch.rand(len(vectors), generator=generator) < share]
-
-    return in_chunks(some, chosen)
+    parts = (function(clip[None]).flatten(0, -2) for clip in chosen)
+    return torch.cat([part[torch.rand(len(part), generator=generator) < share] for part in parts])
 
 
 # --- Reading files ----------------------------------------------------------------------------------------------------
