@@ -1,7 +1,6 @@
 """Sample a trained AVDiT on every task, then see it and hear it [Sec. 3.3, Sec. 6.2]. See `python sample.py --help`.
 
-sample() loads a checkpoint, chooses what is given, generates, decodes and writes. Below it stands what it uses: the
-checkpoint, masks, generation window after window, pictures and sound, the command line."""
+Below sample() stands what it uses: the checkpoint, masks, windows, pictures and sound, the command line."""
 
 import math
 import sys
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from avdit import PRESETS, SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, generate, task_mask
 from data import Media, clip_windows, in_chunks, kind_of
-from train import DEVICES, DTYPES, Parser, flush, number, open_device, opened, precision
+from train import DEVICES, DTYPES, Parser, alone, flush, number, open_device, opened, precision
 
 
 def sample(args):
@@ -26,6 +25,7 @@ def sample(args):
     windows = Windows(trained, args.seconds)
     masks = choose_masks(args, trained, windows.whole)  # {task: bool (S,)}, True = given
     true, index = true_clips(args, trained, windows, masks)  # where the given parts come from
+    alone(out)
     if trained.data.decodes and any(given.any() for given in masks.values()):
         write_media(out / "true", package(trained, windows, windows.cut(true), torch.ones(windows.whole.S).bool()))
     for task, given in masks.items():

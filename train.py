@@ -141,7 +141,7 @@ def make_optimizers(name, model):
 
 # --- A run, its checkpoint and its log --------------------------------------------------------------------------------
 
-FORMAT = 5  # of a checkpoint: increment it when what a checkpoint holds changes its meaning
+FORMAT = 6  # of a checkpoint: increment it when what a checkpoint holds changes its meaning
 FREE = ("data", "device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
 
 
@@ -175,7 +175,6 @@ class Run:
         if not exists:
             self.tokenizers.fit(clips)
             self.about |= {"held_out": held_out, "clips": len(next(iter(clips.values())))}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.save(0)
             self.load()
         z = self.tokenizers.encode(clips)
@@ -227,7 +226,8 @@ class Run:
 
 @cache
 def alone(folder):
-    """Refuses a folder that another process writes to. The operating system ends the lock with this process."""
+    """Makes a folder, or refuses one that another process writes to. The system ends the lock with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         fcntl = importlib.import_module("fcntl")
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,7 +240,7 @@ def alone(folder):
 @contextmanager
 def replacing(path):
     """Yields a path to write to. `path` keeps its old content until the block ends well, then has the new one."""
-    alone(path.parent)
+    alone(path.parent.absolute())
     other = path.with_name(path.name + ".partial")
     try:
         yield other

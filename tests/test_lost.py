@@ -199,12 +199,12 @@ def test_a_run_that_goes_on_keeps_its_tokenizers_and_its_log(call, latents, tmp_
 
 
 def test_a_run_may_go_on_elsewhere(call, latents, tmp_path, monkeypatch):
-    """On another device, compiled, in micro-batches, saved at other steps, and in a folder that was moved."""
+    """On another device, compiled, in micro-batches, saved at other steps, and in a copy of the folder."""
     assert call(train, *latents, "--steps", 8)[0] == 0
     with monkeypatch.context() as patch:
         stopping_at(4, patch)
         assert call(train, *latents, "--steps", 8, "--out", "a")[0] == 130
-    (tmp_path / "a").rename(tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
     monkeypatch.setattr(Block, "compile", lambda block, fullgraph: None)
     flags = ("--out", "b", "--device", "cpu", "--compile", "--accumulate", 2, "--save-every", 7)
     status, out, err = call(train, *latents, "--steps", 8, *flags)
@@ -438,7 +438,10 @@ def test_two_runs_into_one_folder(call, latents, tmp_path):
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             other.stdout.readline()
             status, _, err = call(train, *latents, "--out", name)
-            assert status == 2 and f"another run writes to {name}: use another --out" in one_line(err)
+            assert status == 2 and f"another run writes to {tmp_path / name}: use another --out" in one_line(err)
+            assert [path.name for path in (tmp_path / name).iterdir()] == files
+            status, _, err = call(sample, "--ckpt", "runs/z", "--n", 1, "--steps", 1, "--out", name)
+            assert status == 2 and f"another run writes to {tmp_path / name}" in one_line(err)
             assert [path.name for path in (tmp_path / name).iterdir()] == files
             other.kill()
         assert call(train, *latents, "--out", name)[0] == 0  # the system has freed it
