@@ -58,8 +58,8 @@ class ToyWorld:
         return media_tokenizers(self.layout, TOY, residual=False)  # the whole scene moves
 
     def training_clips(self):
-        """-> clips, names of held-out files."""
-        return toy_clips(4096, 0)[0], []
+        """-> clips, names of held-out files, a checksum by which the data are known again."""
+        return toy_clips(4096, 0)[0], [], 0
 
     def held_out_clips(self, names, count, seconds):
         """-> clips: at most `count` of them, `seconds` long. `names` are those of the held-out files."""
@@ -90,18 +90,20 @@ class Folder:
         return media_tokenizers(self.layout, self.media, residual=True)
 
     def training_clips(self):
-        """-> clips, names of held-out files. A window starts at every frame; windows share memory."""
+        """A window starts at every frame; windows share memory."""
         paths = sorted(path for path in self.path.iterdir() if path.is_file() and not path.name.startswith("."))
         cores = os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share them
         with ThreadPoolExecutor(max(1, cores)) as pool:  # each thread waits for one ffmpeg
             parts = dict(usable(paths, lambda path: clip_windows(path, self.layout, self.media, every=1), pool.map))
         if not parts:
             raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}, without its subfolders")
-        names = held_out(parts)
-        return joined([parts[name] for name in parts if name not in names] or list(parts.values())), names
+        names, files = held_out(parts), [(path.name, path.stat().st_size) for path in paths if path.name in parts]
+        clips = joined([parts[name] for name in parts if name not in names] or list(parts.values()))
+        return clips, names, zlib.crc32(repr(files).encode())
 
     def held_out_clips(self, names, count, seconds):
-        paths = [self.path / name for name in names if (self.path / name).exists()]
+        self.path.stat()  # raises OSError if the folder is gone
+        paths = [self.path / name for name in names]
         found = usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds))
         parts = [clips for _, clips in islice(found, count)]
         if not parts:
@@ -122,7 +124,7 @@ class Latents:
 
     def training_clips(self):
         latents, _, checksum = read_latents(self.path)
-        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, [checksum]
+        return {name: x[torch.arange(len(x)) % 10 > 0] for name, x in latents.items()}, [checksum], checksum
 
     def held_out_clips(self, names, count, seconds):
         latents, _, checksum = read_latents(self.path)
@@ -367,7 +369,7 @@ def in_chunks(function, x, size=32):
 
 
 def features_of(function, x, clips=1024, most=2**26):
-    """function(x) as (n, D), to fit components on: of `clips` random clips about `most` numbers (256 MiB) at most."""
+    """function(x) as (n, D), to fit components on: of `clips` random clips, and not more than about 256 MiB."""
     generator = torch.Generator().manual_seed(0)
     chosen = [x[i] for i in torch.randperm(len(x), generator=generator)[:clips].sort().values]
     share = most / (len(chosen) * function(chosen[0][None]).numel())
@@ -379,8 +381,8 @@ def features_of(function, x, clips=1024, most=2**26):
 
 
 def ffmpeg(path, *arguments):
-    """Run imageio's ffmpeg on one open file -> its messages. It may open nothing else: it refuses playlists. No name is
-    taken for an option or a pattern. It may not allocate blocks of more than 500 MB. Raises ValueError."""
+    """Run imageio's ffmpeg on one open file -> output, messages. It may open nothing else: it refuses playlists. No
+    name is taken for an option or a pattern. It may not allocate blocks of more than 500 MB. Raises ValueError."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-v", "level+info"]
     command += ["-max_alloc", "500000000", "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *arguments]
     with open(path, "rb") as file:
@@ -388,34 +390,31 @@ def ffmpeg(path, *arguments):
     messages = done.stderr.decode(errors="replace")
     if done.returncode:
         wrong = [line for line in messages.splitlines() if "[error]" in line or "[fatal]" in line]
-        raise ValueError(f"ffmpeg's exit status is {done.returncode}: {(wrong or ['it does not say why'])[-1]}")
-    return messages
+        raise ValueError(f"ffmpeg's status is {done.returncode}: {' ... '.join(dict.fromkeys(wrong[:1] + wrong[-1:]))}")
+    return done.stdout, messages
 
 
 def decode_clip(path, media):
     """-> uint8 (F, size, size, 3), float32 (samples,): its first hour, resampled and cropped; empty if there is none.
 
     ffmpeg chooses the streams. Its filters begin anew where a stream changes its format, so the first call only brings
-    it to one format, and the second fills gaps. What starts late is preceded by its first frame, or by silence."""
+    it to one format, and the others fill gaps. What starts late is preceded by its first frame, or by silence."""
     crop = "crop=min(iw\\,ih/sar):min(ih\\,iw*sar)"  # the sample aspect ratio, sar: pixels need not be square
     scale = f"scale={media.size}:{media.size}:out_color_matrix=bt709:out_primaries=bt709:out_transfer=bt709"  # HDR, too
     picture = f"fps={media.fps},{crop},{scale},setsar=1,format=rgb24"
     sound = f"aresample={media.sample_rate}:rematrix_maxval=1,aformat=channel_layouts=mono"  # at most as loud
     copy = ["-vf", picture, "-c:v", "rawvideo", "-fps_mode", "passthrough", "-af", sound, "-c:a", "pcm_f32le"]
-    streams = {"rawvideo": (np.uint8, "-an", "-vf", f"fps={media.fps}:start_time=0", "-f", "rawvideo"),
-               "pcm_f32le": (np.float32, "-vn", "-af", "aresample=async=1:first_pts=0", "-f", "f32le")}  # fmt: skip
-    parts = []
+    fill = {"rawvideo": ["-an", "-vf", f"fps={media.fps}:start_time=0", "-f", "rawvideo"],
+            "pcm_f32le": ["-vn", "-af", "aresample=async=1:first_pts=0", "-f", "f32le"]}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        clip, raw = Path(folder, "clip"), Path(folder, "raw")
-        messages = ffmpeg(path, *copy, "-t", "3600", "-f", "nut", clip)
-        if messages.count("[info]   Program ") > 1:
+        clip = Path(folder, "clip")
+        _, messages = ffmpeg(path, *copy, "-t", "3600", "-f", "nut", clip)
+        programmes = messages.split("Stream mapping:")[0].split("[info]   Program ")[1:]
+        if sum("Stream #" in programme for programme in programmes) > 1:
             raise ValueError("it holds several programmes: keep one")
-        for codec, (dtype, *arguments) in streams.items():
-            raw.write_bytes(b"")
-            if f"-> {codec} " in messages:
-                ffmpeg(clip, "-copyts", *arguments, "-y", raw)
-            parts.append(torch.from_numpy(np.fromfile(raw, dtype)))
-    return parts[0].view(-1, media.size, media.size, 3), parts[1].nan_to_num().clamp(-1, 1)
+        raw = [f"-> {codec} " in messages and ffmpeg(clip, "-copyts", *fill[codec], "-")[0] for codec in fill]
+    pixels, samples = (torch.from_numpy(np.frombuffer(x or b"", t).copy()) for x, t in zip(raw, (np.uint8, np.float32)))
+    return pixels.view(-1, media.size, media.size, 3), samples.nan_to_num().clamp(-1, 1)
 
 
 def clip_windows(path, layout, media, seconds=None, every=None, needed=("video", "audio")):
@@ -426,8 +425,10 @@ def clip_windows(path, layout, media, seconds=None, every=None, needed=("video",
     frames, samples = round(need * media.fps), round(need_audio * media.sample_rate)
     video, audio = decode_clip(path, media)
     have = f"{len(video) / media.fps:g} s of picture and {len(audio) / media.sample_rate:g} s of sound"
-    video = F.pad(video, (*[0] * 7, 0 if "video" in needed else frames))
-    audio = F.pad(audio, (0, 0 if "audio" in needed else samples))
+    if "video" not in needed:
+        video = F.pad(video, (*[0] * 7, frames))
+    if "audio" not in needed:
+        audio = F.pad(audio, (0, samples))
     starts = [(k, round(k / media.fps * media.sample_rate)) for k in range(0, len(video) - frames + 1, every or frames)]
     parts = [(video[k : k + frames], audio[j : j + samples]) for k, j in starts if j + samples <= len(audio)]
     if not parts:

@@ -24,12 +24,13 @@ def sample(args):
     trained, out = Trained(args.ckpt, open_device(args.device), args.data), Path(args.out).absolute()
     windows = Windows(trained, args.seconds)
     masks = choose_masks(args, trained, windows.whole)  # {task: bool (S,)}, True = given
+    dropped = trained.layout.of(args.guidance_drop or trained.layout.names)  # raises if one is unknown
     true, index = true_clips(args, trained, windows, masks)  # where the given parts come from
     alone(out)
     if trained.data.decodes and any(given.any() for given in masks.values()):
         write_media(out / "true", package(trained, windows, windows.cut(true), torch.ones(windows.whole.S).bool()))
     for task, given in masks.items():
-        if args.guidance and not (given & windows.whole.of(args.guidance_drop or windows.whole.names)).any():
+        if args.guidance and not (windows.masks(given) & dropped).any():
             print(f"{task} is not guided: it is given nothing that the unconditional pass could drop")
         arrays = package(trained, windows, generate_clips(args, trained, windows, true, given, task), given)
         if given.any():
@@ -79,7 +80,6 @@ def choose_masks(args, trained, whole):
     for wrong, message in mistakes:
         if wrong:
             raise ValueError(message)
-    whole.of(args.guidance_drop)  # raises if one is unknown
     if args.given:
         return {"custom": parse_given(args.given, whole)}
     possible = [task for task in TASKS if task not in ("a2v", "v2a") or {"video", "audio"} <= {*whole.names}]
@@ -115,7 +115,7 @@ def true_clips(args, trained, windows, masks):
     elif args.input:
         try:
             clips = clip_windows(args.input, trained.layout, trained.media, seconds, needed=needed)
-        except ValueError as why:
+        except (ValueError, OSError) as why:
             raise ValueError(f"--input {args.input}: {why}") from None
         clips = {name: x[0][None] for name, x in clips.items()}
     else:

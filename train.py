@@ -1,7 +1,6 @@
 """Train AVDiT on the toy world, a folder of clips or a file of latents [Alg. 2, App. B]. See `python train.py --help`.
 
-train() is Alg. 2 as a loop. Below stands what it uses: what a step draws, the optimizers, the run with checkpoint and
-log, devices and processes, the command line."""
+train() is Alg. 2 as a loop. Below it: what a step draws, the optimizers, checkpoint and log, devices, command line."""
 
 import argparse
 import atexit
@@ -146,9 +145,8 @@ FREE = ("data", "device", "compile", "accumulate", "save_every", "out")  # setti
 
 
 class Run:
-    """Everything that a checkpoint holds, and when it is written: the model and the average of its weights `ema`, the
-    optimizers, the tokenizers, the log, the settings; and `step`, that of the loaded checkpoint. Every run is a resumed
-    run: rank 0 writes step 0, then every process loads the checkpoint."""
+    """Everything that a checkpoint holds, and when it is written. `ema` is the average of the model's weights. Every
+    run is a resumed run: rank 0 writes step 0, then every process loads the checkpoint."""
 
     def __init__(self, args, data, machine):
         self.args, self.data, self.machine, self.path = args, data, machine, Path(args.out) / "ckpt.pt"
@@ -171,14 +169,14 @@ class Run:
             self.load()
             print(f"going on at step {self.step} of {self.path}")
         print(f"reading {self.args.data} ...", flush=True)
-        clips, held_out = self.data.training_clips()
+        clips, held_out, checksum = self.data.training_clips()
         if not exists:
             self.tokenizers.fit(clips)
-            self.about |= {"held_out": held_out, "clips": len(next(iter(clips.values())))}
+            self.about |= {"held_out": held_out, "checksum": checksum}
             self.save(0)
             self.load()
         z = self.tokenizers.encode(clips)
-        if (len(z), held_out) != (self.about["clips"], self.about["held_out"]):
+        if checksum != self.about["checksum"]:
             raise FileExistsError(f"{self.path} is of other clips than {self.args.data}: use another --out")
         self.log.began = (self.step, time.monotonic())
         return z
@@ -193,7 +191,7 @@ class Run:
             if saved["modalities"] != self.about["modalities"]:
                 raise FileExistsError(f"{self.path} is of a run on other modalities: use another --out")
             self.step = saved["step"]
-            self.about |= {name: saved[name] for name in ("held_out", "clips")}
+            self.about |= {name: saved[name] for name in ("held_out", "checksum")}
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
 
@@ -202,15 +200,16 @@ class Run:
         if self.machine.rank == 0:
             state = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
             with replacing(self.path) as path, path.open("wb") as file:
+                if step == 0 and self.path.exists():
+                    raise FileExistsError(f"another run has written {self.path} in the meantime: use another --out")
                 torch.save({"format": FORMAT, "step": step, **self.about, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())  # or the new name may reach the disk before the content
         self.machine.total(torch.zeros(()))
 
     def set_learning_rate(self, lr):
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+        for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
+            group["lr"] = lr * group["lr_scale"]
 
     def after_step(self, step):
         """Log and save when due. A save also logs, because a checkpoint has no unfinished sums. Stops a broken run."""
@@ -303,7 +302,7 @@ class Log:
     def add(self, error, t):
         """Squared errors (B, E) at the timesteps t (B, S)."""
         noisy = self.layout.per_element(t > 0)
-        self.sums += torch.stack([error * noisy, noisy]).sum(1)
+        self.sums += torch.stack([(error * noisy).sum(0), noisy.sum(0)])
 
     def write(self, step, steps):
         sums = self.machine.total(self.sums).cpu()
@@ -430,7 +429,8 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def guarding(self, remedy):
-        """Turns wrong input (ValueError, OSError), lack of memory and Ctrl-C into such a line."""
+        """Turns wrong input (ValueError, OSError), broken numbers, lack of memory and Ctrl-C into such a line."""
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed  # noqa: SIM115
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that it cannot print
         try:
             yield

@@ -1,6 +1,7 @@
 """data.py: the toy world against its specification, the tokenizers, the three kinds of data, and reading files."""
 
 import math
+import shutil
 import subprocess
 import tempfile
 import zipfile
@@ -371,7 +372,7 @@ def test_the_toy_world_holds_out_other_clips(monkeypatch):
 
     monkeypatch.setattr(data, "toy_clips", toy_clips)
     world = data.open_data("toy", data.TOY)
-    assert world.training_clips() == ({"video": 4096}, [])
+    assert world.training_clips() == ({"video": 4096}, [], 0)
     assert world.held_out_clips([], 7, 2.125) == {"video": 7} and world.held_out_clips([], 5000, 5) == {"video": 1024}
     assert asked == [(4096, 0, 17), (7, 1, 17), (1024, 1, 40)]
 
@@ -388,7 +389,7 @@ def test_training_windows_begin_at_every_frame(tmp_path):
         for frame in frames:
             writer.append_data(frame)
     (tmp_path / "x.wav").unlink()
-    clips, _ = folder(tmp_path).training_clips()
+    clips, _, _ = folder(tmp_path).training_clips()
     assert len(clips["video"]) == len(clips["audio"]) == 8
     for k, (video, audio) in enumerate(zip(clips["video"], clips["audio"])):
         assert video.shape == (17, 32, 32, 3) and audio.shape == (34000,)
@@ -409,10 +410,10 @@ def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
     (tmp_path / ".hidden.mp4").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/not_read.txt").write_text("")
-    clips, held_out = folder(tmp_path).training_clips()
+    clips, held_out, _ = folder(tmp_path).training_clips()
     assert len(clips["video"]) == 24 and held_out == ["b_good.mp4"]  # a single file is trained on and held out
-    wrong = ("a_notes.txt: ffmpeg's exit status is ", "c_mute.mp4: 5 s of picture and 0 s of sound, 2.125 s are needed",
-             "d_short.mp4: 1.5 s of", "e_broken.mp4: ffmpeg's exit status is ",
+    wrong = ("a_notes.txt: ffmpeg's status is ", "c_mute.mp4: 5 s of picture and 0 s of sound, 2.125 s are needed",
+             "d_short.mp4: 1.5 s of", "e_broken.mp4: ffmpeg's status is ",
              "f_silent.mp4: its sound is silent all through",
              "g_sound.wav: 0 s of picture and 3 s of sound")  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
@@ -423,13 +424,13 @@ def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
         folder(tmp_path).training_clips()
 
 
-def test_a_folder_is_split_by_usable_file(tmp_path, monkeypatch):
+def test_a_folder_is_split_by_usable_file(tmp_path, monkeypatch, capsys):
     """Sampling decodes no more of the held-out files than it asks for clips, and can do without some of them."""
     for i in range(3):
         make_clip(tmp_path / f"{i}.mp4", tone=300 + 200 * i)
     (tmp_path / "0.txt").write_text("")
     monkeypatch.setattr(data, "held_out", lambda names: sorted(names)[:2])
-    clips, names = folder(tmp_path).training_clips()
+    clips, names, _ = folder(tmp_path).training_clips()
     pitch = lambda x: torch.fft.rfft(x[:, :16000]).abs().argmax(-1).tolist()
     assert names == ["0.mp4", "1.mp4"] and pitch(torch.stack(clips["audio"])) == [700] * 24
     decoded, decode = [], data.decode_clip
@@ -442,6 +443,24 @@ def test_a_folder_is_split_by_usable_file(tmp_path, monkeypatch):
     assert len(long) == 36
     with pytest.raises(ValueError, match="none of the 1 held-out files"):
         folder(tmp_path).held_out_clips(["gone.mp4"], 3, 4.5)
+    assert capsys.readouterr().err.count("skipped gone.mp4: [Errno 2] No such file") == 2
+    with pytest.raises(FileNotFoundError):
+        folder(tmp_path / "gone").held_out_clips(names, 3, 4.5)
+
+
+def test_a_folder_is_known_by_names_and_sizes(tmp_path):
+    """Of the files that can be used, wherever the folder lies."""
+    (tmp_path / "a").mkdir()
+    for k in range(2):
+        make_clip(tmp_path / f"a/{k}.mp4", tone=400 + 300 * k)
+    sign = lambda path: folder(path).training_clips()[2]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/notes.txt").write_text("no clip")
+    assert sign(tmp_path / "a") == sign(tmp_path / "b")
+    make_clip(tmp_path / "b/1.mp4", tone=2000)
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    (tmp_path / "c/1.mp4").rename(tmp_path / "c/2.mp4")
+    assert len({sign(tmp_path / name) for name in "abc"}) == 3
 
 
 def test_one_more_file_moves_no_other():
@@ -482,11 +501,13 @@ def test_latents_are_read_and_standardized(tmp_path):
     assert [(m.name, m.shape) for m in layout.modalities] == [("video", (3, 2, 2, 4)), ("audio", (6, 5))]
     assert layout.modalities[0].edges == (0, 0.1, 0.5, 0.9)
     file = data.open_data(path, data.TOY)
-    clips, names = file.training_clips()
+    clips, names, sign = file.training_clips()
     held_out = file.held_out_clips(names, 9, 1)
     for name, x in latents.items():
         assert torch.equal(clips[name], x[[1, 2, 3, 4, 5, 6, 7, 8, 9, 11]]) and torch.equal(held_out[name], x[[0, 10]])
-    assert names == [checksum] and torch.equal(file.held_out_clips(names, 1, 1)["audio"], latents["audio"][:1])
+    assert names == [checksum] == [sign] and torch.equal(
+        file.held_out_clips(names, 1, 1)["audio"], latents["audio"][:1]
+    )
     tokenizers = file.tokenizers()
     tokenizers.fit(latents)
     z = tokenizers.encode(latents)
@@ -611,7 +632,7 @@ def test_a_file_that_cannot_be_opened_is_skipped(tmp_path, monkeypatch, capsys):
         return open(path, mode)
 
     monkeypatch.setattr(data, "open", opens, raising=False)
-    _, held_out = folder(tmp_path).training_clips()
+    _, held_out, _ = folder(tmp_path).training_clips()
     assert held_out == ["b.mp4"] and "skipped a.mp4: [Errno 13] Permission denied" in capsys.readouterr().err
 
 
@@ -764,9 +785,12 @@ FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (f'ulimit -f 8; exec "{FFMPEG}" "$@"', "exit status is"),  # little room for temporary files
-        ("kill -SEGV $$", "exit status is -11: it does not say why"),
-        ("echo '[error] before' >&2; echo '[fatal] Unrecognized option' >&2; exit 8", "is 8: .fatal. Unrecognized"),
+        (f'ulimit -f 8; exec "{FFMPEG}" "$@"', "status is"),  # little room for temporary files
+        ("kill -SEGV $$", "status is -11: $"),
+        (
+            "echo '[error] before' >&2; echo '[fatal] Unrecognized option' >&2; exit 8",
+            "is 8: .error. before ... .fatal. Unrecognized",
+        ),
     ],
 )
 def test_an_ffmpeg_that_fails_is_believed(tmp_path, monkeypatch, script, message):
@@ -813,7 +837,9 @@ def test_a_recording_of_two_programmes_is_refused(tmp_path):
     path = produce(tmp_path / "x.ts", *arguments, "-program", one, "-program", two)
     with pytest.raises(ValueError, match="several programmes"):
         data.decode_clip(path, MEDIA)
-    assert len(data.decode_clip(produce(tmp_path / "y.ts", *arguments, "-program", one + ":st=2:st=3"), MEDIA)[0])
+    few = [*inputs[:8], "-map", 0, "-map", 1, *arguments[-4:]]
+    path = produce(tmp_path / "y.ts", *few, "-program", one, "-program", "title=empty")
+    assert len(data.decode_clip(path, MEDIA)[0]) == 24
 
 
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67", "bt709"])

@@ -447,6 +447,32 @@ def test_two_runs_into_one_folder(call, latents, tmp_path):
         assert call(train, *latents, "--out", name)[0] == 0  # the system has freed it
 
 
+def test_a_run_that_begins_late_overwrites_nothing(call, latents, tmp_path, monkeypatch):
+    """Another run begins and ends while this one reads its clips."""
+    read, begun = data.Latents.training_clips, []
+
+    def reading(self):
+        if not begun:
+            begun.append(1)
+            assert call(train, *latents)[0] == 0
+        return read(self)
+
+    monkeypatch.setattr(data.Latents, "training_clips", reading)
+    status, _, err = call(train, *latents)
+    assert status == 2 and "another run has written runs/z/ckpt.pt in the meantime" in one_line(err)
+    assert checkpoint(tmp_path / "runs/z")["step"] == 4 and not (tmp_path / "runs/z/ckpt.pt.partial").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_standard_output_may_be_closed(tmp_path, script):
+    command = f"'{sys.executable}' '{ROOT / script}' --device nowhere --out x >&-"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "invalid choice" in one_line(done.stderr)
+    command = command.replace("--device nowhere", "--data nowhere" if script == "train.py" else "--ckpt nowhere")
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nowhere" in one_line(done.stderr)
+
+
 def test_a_file_system_without_locks(call, latents, monkeypatch):
     def flock(*_):
         raise OSError(95, "Operation not supported")

@@ -276,7 +276,7 @@ def test_mp4_and_wav_show_and_play_the_clip_of_their_number(written, folder):
         picture = frames[:, 4:256:8, 4:256:8].astype(int)
         own, other = (np.abs(picture - videos[k]).mean() for k in (i, 1 - i))
         assert own < 10 < other
-        messages = data.ffmpeg(written / folder / f"{i:02}.mp4", "-f", "null", "-")
+        _, messages = data.ffmpeg(written / folder / f"{i:02}.mp4", "-f", "null", "-")
         assert " 8 fps" in messages and "Audio: aac" in messages
         _, played = data.decode_clip(written / folder / f"{i:02}.mp4", data.TOY)
         assert abs(len(played) / 8000 - 2.125) < 0.1
@@ -816,7 +816,7 @@ MISTAKES = (
     ("--ckpt CKPT --task joint --input a.mp4", "with a given part"),
     ("--ckpt CKPT --data clips", "another kind of --data"),
     ("--ckpt CKPT --seconds 2", "at least 2.125"),
-    ("--ckpt CKPT --input nowhere.mp4", "No such file or directory: 'nowhere.mp4'"),
+    ("--ckpt CKPT --input nowhere.mp4", "--input nowhere.mp4: [Errno 2] No such file"),
     ("--ckpt CKPT --input junk.pt", "--input junk.pt: "),
 )
 
@@ -849,6 +849,7 @@ def test_what_is_not_guided_is_named(call, model, quick):
         out = call(sample, *arguments, "--task", task, "--guidance-drop", drop)[1]
         assert out.count(note) == noted, (task, drop)
     assert note not in call(sample, *arguments[:-2])[1]
+    assert note not in call(sample, *arguments, "--task", "joint", "--seconds", 3)[1]  # window 2 is given shared frames
 
 
 def test_ctrl_c_gets_one_line(call, model, quick, monkeypatch):
