@@ -463,6 +463,44 @@ def test_a_run_that_begins_late_overwrites_nothing(call, latents, tmp_path, monk
     assert checkpoint(tmp_path / "runs/z")["step"] == 4 and not (tmp_path / "runs/z/ckpt.pt.partial").exists()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_that_cannot_be_printed_end_nothing(tmp_path, encoding):
+    """From the folder of clips to samples, with another encoding than the names' on standard output."""
+    name = "\u65e5\u672c " + os.fsdecode(b"\xff")
+    (tmp_path / name).mkdir()
+    latents_file(tmp_path / name / "z.npz")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    for script, *flags in (
+        (
+            "train.py",
+            "--data",
+            f"{name}/z.npz",
+            "--preset",
+            "toy",
+            "--steps",
+            "1",
+            "--batch",
+            "2",
+            "--out",
+            f"{name}/r",
+        ),
+        ("sample.py", "--ckpt", f"{name}/r", "--n", "1", "--steps", "1", "--task", "a2v", "--out", f"{name}/s"),
+    ):
+        command = [sys.executable, str(ROOT / script), *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0 and b"\\u65e5" in done.stdout, done.stderr
+    assert (tmp_path / name / "s/a2v/samples.npz").exists()
+
+
+def test_home_is_expanded(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    latents_file(tmp_path / "home/z.npz")
+    flags = ("--preset", "toy", "--steps", 1, "--batch", 2, "--out=~/r")
+    assert call(train, "--data=~/z.npz", *flags)[0] == 0
+    assert (tmp_path / "home/r/ckpt.pt").exists() and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_standard_output_may_be_closed(tmp_path, script):
     command = f"'{sys.executable}' '{ROOT / script}' --device nowhere --out x >&-"
