@@ -74,7 +74,7 @@ class Folder:
 
     def __init__(self, path, media, layout=None):
         self.path, self.media = Path(path), media
-        if layout is None and not self.path.is_dir():
+        if layout is None and not os.path.isdir(path):
             raise ValueError(f"--data {path} is neither toy nor a folder nor a .npz file")
         if media.size % self.PATCH:
             raise ValueError(f"--size {media.size} is not a multiple of {self.PATCH}")
@@ -102,8 +102,7 @@ class Folder:
         return clips, names, zlib.crc32(repr(files).encode())
 
     def held_out_clips(self, names, count, seconds):
-        self.path.stat()  # raises OSError if the folder is gone
-        paths = [self.path / name for name in names]
+        paths = [self.path.resolve(strict=True) / name for name in names]  # raises OSError if the folder is gone
         found = usable(paths, lambda path: clip_windows(path, self.layout, self.media, seconds))
         parts = [clips for _, clips in islice(found, count)]
         if not parts:
@@ -325,7 +324,7 @@ class Standardize(nn.Module):
     def fit(self, latents):
         flat = latents.flatten(0, -2)
         self.mean.copy_(flat.mean(0, dtype=torch.float64))  # exact, so that a constant channel becomes zero
-        self.std.copy_((flat - self.mean).std(0).clamp(min=1e-6))
+        self.std.copy_((flat - self.mean).std(0).clamp(min=1e-6 * flat.std().item() or 1))
 
     def encode(self, latents):
         return (latents - self.mean) / self.std
@@ -364,8 +363,8 @@ def media_tokenizers(layout, media, residual):
 
 
 def in_chunks(function, x, size=32):
-    """function(x), a few clips at a time, to bound memory. x: (n, ...), or a list of n clips that may share memory."""
-    return torch.cat([function(torch.stack([*x[i : i + size]])) for i in range(0, len(x), size)])
+    """function(x) for x (n, ...), a few clips at a time, to bound memory."""
+    return torch.cat([function(part) for part in x.split(size)])
 
 
 def features_of(function, x, clips=1024, most=2**26):
@@ -463,6 +462,8 @@ def read_latents(path):
     with open(path, "rb") as file:
         try:
             arrays = dict(np.load(file, allow_pickle=False))
+        except MemoryError:
+            raise
         except Exception as why:  # np.load raises many kinds on a file that is no .npz
             raise ValueError(f"{path} is no .npz of plain arrays ({why})") from None
     names = sorted((k for k in arrays if not k.endswith("_edges")), key=lambda name: name != "video")

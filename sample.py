@@ -4,6 +4,7 @@ Below sample() stands what it uses: the checkpoint, masks, windows, pictures and
 
 import math
 import sys
+from io import BytesIO
 from os.path import expanduser
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Trained:
 
     def __init__(self, path, device, data=None):
         path, self.device = Path(path), device
-        path = path if path.suffix == ".pt" else path / "ckpt.pt"
+        path = path / "ckpt.pt" if path.is_dir() else path
         if not path.exists():
             raise ValueError(f"there is no checkpoint {path}: train.py writes one, --ckpt names it")
         with opened(path) as saved:
@@ -57,7 +58,7 @@ class Trained:
             self.preset, self.held_out = PRESETS[config["preset"]], saved["held_out"]
             self.media = Media(config["fps"], config["size"], config["sample_rate"])
             self.layout = Layout([Modality(**m) for m in saved["modalities"]])
-            self.data = kind_of(config["data"])(data or config["data"], self.media, self.layout)
+            self.data = kind_of(config["data"])(config["data"] if data is None else data, self.media, self.layout)
             self.model = self.preset.model(self.layout, config["prediction"])
             self.model.load_state_dict(saved["ema"])
             self.tokenizers = self.data.tokenizers()
@@ -74,7 +75,11 @@ def choose_masks(args, trained, whole):
     mistakes = [
         (args.given and args.task != "all", "--given and --task each say what is given: use one"),
         (args.guidance_drop and not args.guidance, "--guidance-drop is for a --guidance other than 0"),
-        (args.data and kind_of(args.data) is not type(trained.data), "the checkpoint is of another kind of --data"),
+        (
+            args.data is not None and kind_of(args.data) is not type(trained.data),
+            "the checkpoint is of another kind of --data",
+        ),
+        (args.input and Path(args.input).resolve().parent.parent == Path(args.out).resolve(), "--input lies in --out"),
         (args.input and (args.task == "joint" or not trained.data.decodes), "--input is for clips with a given part"),
     ]
     for wrong, message in mistakes:
@@ -112,7 +117,7 @@ def true_clips(args, trained, windows, masks):
     seconds = max(windows.span, min(windows.seconds, (given * windows.whole.ends).max().item()))
     if not needed:
         clips = trained.tokenizers.decode(torch.zeros(1, trained.layout.E))  # any: not looked at
-    elif args.input:
+    elif args.input is not None:
         try:
             clips = clip_windows(args.input, trained.layout, trained.media, seconds, needed=needed)
         except (ValueError, OSError) as why:
@@ -212,13 +217,11 @@ def denoise(args, trained, z0, given, generator, label):
         if shows:
             print(f"\r{label}: samples {64 * len(parts)}.. of {len(z0)}, step {step}/{steps}  ", end="", flush=True)
 
-    for part in z0.split(64):
+    for x in z0.split(64):
         with precision(args.dtype, trained.device, trained.layout):
-            z = generate(
-                trained.model, trained.schedule, trained.layout, part.to(trained.device), given,
+            z = generate(trained.model, trained.schedule, trained.layout, x.to(trained.device), given, on_step=on_step,
                 steps=args.steps or trained.preset.sampling_steps, sampler=args.sampler or trained.preset.sampler,
-                guidance=args.guidance, guidance_drop=args.guidance_drop or None, generator=generator, on_step=on_step,
-            )  # fmt: skip
+                guidance=args.guidance, guidance_drop=args.guidance_drop or None, generator=generator)  # fmt: skip
         parts.append(z.cpu())
     print("\r" + " " * 70 + "\r" if shows else "", end="")
     return torch.cat(parts)
@@ -315,8 +318,8 @@ def write_media(folder, made, sheet=None):
         (folder / f"{more:02}.wav").unlink(missing_ok=True)
         more += 1
     for i, (video, audio) in enumerate(zip(made["video"], made["audio"])):
-        wav = folder / f"{i:02}.wav"
-        soundfile.write(wav, audio, rate)
+        soundfile.write(buffer := BytesIO(), audio, rate, format="WAV")  # not to the file: its errors are the system's
+        (wav := folder / f"{i:02}.wav").write_bytes(buffer.getvalue())
         sound = {"audio_path": str(wav), "audio_codec": "aac", "output_params": ["-b:a", "64k"]}
         settings = {"fps": made["fps"], "macro_block_size": 16, "ffmpeg_log_level": "error", **sound}
         imageio.mimwrite(folder / f"{i:02}.mp4", film(video, audio, given, rate), **settings)

@@ -79,8 +79,7 @@ def train(args):
 
 def draw(args, step, examples, layout, T):
     """-> index (B,) of the examples, t (B, S), and self-conditioning's coin, True at the paper's rate 0.9 [App. B]."""
-    word = np.random.SeedSequence([args.seed, step]).generate_state(1)  # torch's generator takes 32 bits of a seed
-    generator = torch.Generator().manual_seed(int(word[0]))
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, step]).generate_state(1)[0]))
     index = torch.randint(examples, (args.batch,), generator=generator)
     t = sample_timesteps(args.mixture, layout, args.batch, T, generator)
     return index, t, torch.rand((), generator=generator).item() < 0.9
@@ -194,6 +193,7 @@ class Run:
             self.about |= {name: saved[name] for name in ("held_out", "checksum")}
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
+        self.log.write_file()
 
     def save(self, step):
         """Rank 0 writes the checkpoint; the others wait."""
@@ -292,7 +292,6 @@ class Log:
 
     def load_state_dict(self, state):
         self.lines = [list(line) for line in state["lines"]]
-        self.write_file()
 
     def write_file(self):
         if self.machine.rank == 0:
@@ -439,9 +438,10 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, OSError, FloatingPointError) as why:
             self.error(why)
         except (MemoryError, RuntimeError) as why:
-            if not isinstance(why, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(why):
+            memory = isinstance(why, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(why)
+            if not memory and not isinstance(why.__context__, OSError):
                 raise
-            self.error(f"out of memory: {remedy}")
+            self.error(f"out of memory: {remedy}" if memory else why.__context__)  # torch.save hides a full disk
 
 
 def number(kind, least, most):

@@ -348,8 +348,9 @@ def test_what_the_data_are(tmp_path):
     for path in ("toy", latents_file(tmp_path / "z.npz")):
         with pytest.raises(ValueError, match=f"are for a folder of clips, not for {path}"):
             data.open_data(path, data.Media(8, 64, 8000))
-    with pytest.raises(ValueError, match="neither toy nor a folder nor a .npz file"):
-        data.open_data(tmp_path / "gone", data.Folder.media)
+    for path in (tmp_path / "gone", ""):
+        with pytest.raises(ValueError, match="neither toy nor a folder nor a .npz file"):
+            data.open_data(path, data.Folder.media)
     assert data.open_data(tmp_path / "gone", data.Folder.media, LAYOUT).layout is LAYOUT  # a checkpoint's own
     for media, message in (((8, 72, 16000), "--size 72 is not a multiple of 32"), ((30, 64, 16000), "use 16080"),
                            ((240, 64, 1920), "use 15360")):  # fmt: skip
@@ -529,6 +530,17 @@ def test_a_constant_channel_becomes_zero():
     z = standardize.encode(latents)
     assert not z[..., 1].any() and abs(z[..., 0].std() - 1) < 1e-4
     torch.testing.assert_close(standardize.decode(z), latents)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-7, 1e7])
+def test_latents_of_any_scale_have_unit_variance(scale):
+    latents = scale * torch.randn(100, 7, 3, generator=torch.Generator().manual_seed(0))
+    latents[..., 2] = 0
+    standardize = data.Standardize(Modality("pose", (), 3, tuple(range(8))))
+    standardize.fit(latents)
+    z = standardize.encode(latents)
+    assert z[..., :2].flatten(0, 1).std(0).numpy() == pytest.approx(1, abs=1e-3) and not z[..., 2].any()
+    assert standardize.decode(z).numpy() == pytest.approx(latents.numpy(), rel=1e-4, abs=1e-6 * scale)
 
 
 def test_any_modalities_are_read_and_video_is_the_time_reference(tmp_path):

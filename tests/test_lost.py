@@ -247,6 +247,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(call, latents, tmp_path, monkeyp
     assert (tmp_path / "runs/z/log.csv").read_bytes() == (tmp_path / "o/log.csv").read_bytes()
 
 
+@pytest.mark.parametrize("size", [400_000, 700_000, 1_000_000])
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(latents, tmp_path, size):
+    """torch.save may end with an error of its own, after the system's."""
+    command = f"ulimit -f {size // 1024}; trap '' XFSZ; exec '{sys.executable}' '{ROOT / 'train.py'}' "
+    command += " ".join(map(str, latents)).replace("--steps 4", "--steps 1")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "File too large" in one_line(done.stderr)
+
+
+def test_a_log_that_cannot_be_written_is_no_damaged_checkpoint(call, latents, tmp_path):
+    assert call(train, *latents)[0] == 0
+    (tmp_path / "runs/z/log.csv").unlink()
+    (tmp_path / "runs/z/log.csv").mkdir()
+    status, _, err = call(train, *latents)
+    assert status == 2 and "log.csv" in one_line(err) and "damaged" not in err
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(call, latents, monkeypatch):
     """Or a power cut could leave the new name with none of its content."""
     done, fsync, rename = [], os.fsync, os.replace
@@ -315,6 +332,11 @@ def test_a_lack_of_memory_is_not_taken_for_damage(call, latents, monkeypatch, ki
     def full(*_, **__):
         raise kind
 
+    if kind is MemoryError:
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "load", full)
+            status, _, err = call(train, *latents)
+            assert status == 2 and "out of memory: use" in one_line(err)
     assert call(train, *latents)[0] == 0
     monkeypatch.setattr(torch, "load", full)
     for script, arguments in ((train, latents), (sample, ("--ckpt", "runs/z"))):

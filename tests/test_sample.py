@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -837,6 +838,46 @@ def test_a_checkpoint_with_code_in_it_is_not_run(call, tmp_path):
     torch.save({"model": Bomb()}, tmp_path / "ckpt.pt")
     status, _, err = call(sample, "--ckpt", tmp_path)
     assert status == 2 and len(err.splitlines()) == 1 and not (tmp_path / "ran").exists()
+
+
+def test_an_input_is_not_overwritten(call, model, quick, tmp_path):
+    for folder, status in (("samples/true", 2), ("samples/a2v", 2), ("samples", 0), ("", 0)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        clip = make_clip(tmp_path / folder / "00.mp4", seconds=3)
+        before = clip.read_bytes()
+        found, _, err = call(sample, "--ckpt", model, "--n", 1, "--steps", 1, "--task", "a2v", "--input", clip)
+        assert found == status and ("--input lies in --out" in err) == (status == 2) and clip.read_bytes() == before, (
+            err
+        )
+
+
+@pytest.mark.parametrize("flag", ["--input", "--data"])
+def test_an_empty_path_is_no_default(call, model, flag):
+    """As of a shell's variable that is not set."""
+    status, _, err = call(sample, "--ckpt", model, "--n", 1, "--steps", 1, "--task", "a2v", flag, "")
+    assert status == 2 and len(err.splitlines()) == 1
+
+
+def test_a_checkpoint_has_any_name(call, model, quick, tmp_path):
+    shutil.copy(model / "ckpt.pt", tmp_path / "best")
+    (tmp_path / "run.pt").mkdir()
+    shutil.copy(model / "ckpt.pt", tmp_path / "run.pt")
+    for name in ("best", "run.pt"):
+        assert call(sample, "--ckpt", name, "--n", 1, "--steps", 1, "--task", "joint")[0] == 0
+
+
+def test_a_folder_whose_name_is_no_text(call, model, tmp_path):
+    name = os.fsdecode(b"w\xe9rk")
+    status, _, err = call(sample, "--ckpt", model, "--n", 1, "--steps", 1, "--task", "a2v", "--out", name)
+    assert status == 0, err
+    assert {"00.mp4", "00.wav", "sheet.png"} <= {path.name for path in (tmp_path / name / "a2v").iterdir()}
+
+
+def test_a_full_disk_gets_one_line(call, model, tmp_path):
+    (tmp_path / "samples/a2v").mkdir(parents=True)
+    (tmp_path / "samples/a2v/00.wav").symlink_to("/dev/full")
+    status, _, err = call(sample, "--ckpt", model, "--n", 1, "--steps", 1, "--task", "a2v")
+    assert status == 2 and len(err.splitlines()) == 1 and "No space left" in err
 
 
 def test_what_is_not_guided_is_named(call, model, quick):
