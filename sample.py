@@ -75,10 +75,7 @@ def choose_masks(args, trained, whole):
     mistakes = [
         (args.given and args.task != "all", "--given and --task each say what is given: use one"),
         (args.guidance_drop and not args.guidance, "--guidance-drop is for a --guidance other than 0"),
-        (
-            args.data is not None and kind_of(args.data) is not type(trained.data),
-            "the checkpoint is of another kind of --data",
-        ),
+        (args.data is not None and kind_of(args.data) is not type(trained.data), "training had another kind of --data"),
         (args.input and Path(args.input).resolve().parent.parent == Path(args.out).resolve(), "--input lies in --out"),
         (args.input and (args.task == "joint" or not trained.data.decodes), "--input is for clips with a given part"),
     ]

@@ -815,7 +815,7 @@ MISTAKES = (
     ("--ckpt CKPT --guidance-drop smell --guidance 1", "use video, audio"),
     ("--ckpt CKPT --guidance-drop audio", "other than 0"),
     ("--ckpt CKPT --task joint --input a.mp4", "with a given part"),
-    ("--ckpt CKPT --data clips", "another kind of --data"),
+    ("--ckpt CKPT --data clips", "training had another kind of --data"),
     ("--ckpt CKPT --seconds 2", "at least 2.125"),
     ("--ckpt CKPT --input nowhere.mp4", "--input nowhere.mp4: [Errno 2] No such file"),
     ("--ckpt CKPT --input junk.pt", "--input junk.pt: "),
