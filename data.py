@@ -97,6 +97,8 @@ class Folder:
             parts = dict(usable(paths, lambda path: clip_windows(path, self.layout, self.media, every=1), pool.map))
         if not parts:
             raise ValueError(f"no usable clip among the {len(paths)} files of {self.path}, without its subfolders")
+        if len(parts) == 1:
+            print(f"{next(iter(parts))} is the only usable file: it is trained on and held out")
         names, files = held_out(parts), [(path.name, path.stat().st_size) for path in paths if path.name in parts]
         clips = joined([parts[name] for name in parts if name not in names] or list(parts.values()))
         return clips, names, zlib.crc32(repr(files).encode())
@@ -462,8 +464,6 @@ def read_latents(path):
     with open(path, "rb") as file:
         try:
             arrays = dict(np.load(file, allow_pickle=False))
-        except MemoryError:
-            raise
         except Exception as why:  # np.load raises many kinds on a file that is no .npz
             raise ValueError(f"{path} is no .npz of plain arrays ({why})") from None
     names = sorted((k for k in arrays if not k.endswith("_edges")), key=lambda name: name != "video")

@@ -108,7 +108,7 @@ class Scores:
     """What score.py prints of a model of real clips."""
 
     def __init__(self, trained, nearest):
-        learned, _ = trained.data.training_clips()
+        learned, _, _ = trained.data.training_clips()
         self.trained, self.nearest, self.media = trained, nearest, trained.media
         self.z = trained.tokenizers.encode(learned)
         apart = {name: torch.stack([*x[::8]]) for name, x in learned.items()}  # its windows overlap by all but a frame

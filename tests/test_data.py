@@ -412,12 +412,14 @@ def test_a_folder_skips_what_it_cannot_use(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/not_read.txt").write_text("")
     clips, held_out, _ = folder(tmp_path).training_clips()
-    assert len(clips["video"]) == 24 and held_out == ["b_good.mp4"]  # a single file is trained on and held out
+    assert len(clips["video"]) == 24 and held_out == ["b_good.mp4"]
     wrong = ("a_notes.txt: ffmpeg's status is ", "c_mute.mp4: 5 s of picture and 0 s of sound, 2.125 s are needed",
              "d_short.mp4: 1.5 s of", "e_broken.mp4: ffmpeg's status is ",
              "f_silent.mp4: its sound is silent all through",
              "g_sound.wav: 0 s of picture and 3 s of sound")  # fmt: skip
-    lines = capsys.readouterr().err.splitlines()
+    out, err = capsys.readouterr()
+    assert out == "b_good.mp4 is the only usable file: it is trained on and held out\n"
+    lines = err.splitlines()
     assert len(lines) == 6 and all(line.startswith(f"skipped {start}") for line, start in zip(lines, wrong)), lines
     assert "2.125 s are needed" in lines[2]
     (tmp_path / "b_good.mp4").unlink()

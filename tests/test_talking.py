@@ -93,7 +93,7 @@ def test_scores_of_real_clips_and_of_mixed_ones(monkeypatch):
     """Real clips score what the words mean; and other clips' sounds, pictures and noise show."""
     learned, clips = speakers(480, 0), speakers(20, 1)  # of which it takes every eighth
     encode = lambda clips: clips["audio"][:, :5]
-    trained = SimpleNamespace(data=SimpleNamespace(training_clips=lambda: (learned, [])), layout=None, media=MEDIA,
+    trained = SimpleNamespace(data=SimpleNamespace(training_clips=lambda: (learned, [], 0)), layout=None, media=MEDIA,
                               tokenizers=SimpleNamespace(encode=encode))  # fmt: skip
     monkeypatch.setattr(talking, "per_frame", lambda given, *_: {"video": given[:17], "audio": given[17:]})
     scores, nothing = talking.Scores(trained, lambda z, others: z.sum(1)), torch.zeros(34017, dtype=torch.bool)
