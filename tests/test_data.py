@@ -508,6 +508,8 @@ def test_latents_are_read_and_standardized(tmp_path):
     held_out = file.held_out_clips(names, 9, 1)
     for name, x in latents.items():
         assert torch.equal(clips[name], x[[1, 2, 3, 4, 5, 6, 7, 8, 9, 11]]) and torch.equal(held_out[name], x[[0, 10]])
+    with pytest.raises(ValueError, match="does not hold the latents of the training"):
+        file.held_out_clips([checksum + 1], 1, 1)
     assert names == [checksum] == [sign] and torch.equal(
         file.held_out_clips(names, 1, 1)["audio"], latents["audio"][:1]
     )
@@ -700,6 +702,25 @@ def test_sound_starts_with_its_frame(monkeypatch, fps, rate):
     audio = 0 * every_sample
     with pytest.raises(ValueError, match="silent all through"):
         data.clip_windows("x", layout, media)
+
+
+def test_what_is_not_needed_goes_on_black_or_silent(monkeypatch):
+    white, tone = torch.full((20, 32, 32, 3), 255).byte(), 0.5 * torch.ones(40000)
+    for needed, video, audio in (
+        (["video"], white, tone[:0]),
+        (["video"], white, tone[:900]),
+        (["video"], white, 0 * tone),
+        (["audio"], white[:0], tone),
+        (["audio"], white[:5], tone),
+    ):
+        monkeypatch.setattr(data, "decode_clip", lambda path, media, clip=(video, audio): clip)
+        clips = data.clip_windows("x", LAYOUT, MEDIA, needed=needed)
+        for name, x, length in (("video", video, 17), ("audio", audio, 34000)):
+            there = x[:length]
+            assert torch.equal(clips[name][0][: len(there)], there) and len(clips[name][0]) == length
+            assert not clips[name][0][len(there) :].any()
+        with pytest.raises(ValueError, match=r"2.125 s are needed|silent all through"):
+            data.clip_windows("x", LAYOUT, MEDIA)
 
 
 def produce(path, *arguments):
