@@ -24,7 +24,7 @@ from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
 
 # --- Modalities and their time-segments [Sec. 3.1] --------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Layout:
     def per_token(self, x):
         """(B, S, c) -> (B, L, c): repeat each segment's row for all of its tokens."""
         parts = zip(self.modalities, x.split(self.lengths, 1))
-        return torch.cat([x_m.repeat_interleave(m.P, 1) for m, x_m in parts], 1)
+        return torch.cat([repeat(x_m, "b n c -> b (n p) c", p=m.P) for m, x_m in parts], 1)
 
     def per_element(self, x):
         """(..., S) -> (..., E): repeat each segment's value for all of its elements."""
@@ -210,9 +210,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attend = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        for last in (self.attend, self.mlp[-1]):  # each residual branch starts at zero, which replaces DiT's gates
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        for p in (*self.attend.parameters(), *self.mlp[-1].parameters()):
+            nn.init.zeros_(p)  # each residual branch starts at zero, which replaces DiT's gates
 
     def forward(self, x, cond, layout):
         """Tokens x (B, L, d), timestep embeddings cond (B, S, d) -> (B, L, d)."""
@@ -221,7 +220,10 @@ class Block(nn.Module):
         q, k, v = rearrange(self.qkv(y), "b l (three h e) -> three b h l e", three=3, h=self.heads)
         # Query-key normalisation (ViT-22B, Dehghani et al. 2023), without parameters, bounds the attention logits.
         q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
-        y = F.scaled_dot_product_attention(q, k, v)  # every token attends to all tokens of all modalities
+        if x.shape[1] < 256:  # every token attends to all tokens of all modalities
+            y = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        else:  # the same, but fused: it keeps no (L, L) matrices, and takes longer where these are small
+            y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.attend(rearrange(y, "b h l e -> b l (h e)"))
         return x + self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
@@ -230,11 +232,8 @@ PREDICTIONS = ("eps", "v", "z0")  # what a network may regress, see predict()
 
 
 class AVDiT(nn.Module):
-    """The paper's joint noise prediction network [Sec. 4].
-
-    `prediction` is what it regresses, one of PREDICTIONS. Raises ValueError if it is unknown, or if dim is odd or not
-    divisible by heads.
-    """
+    """The paper's joint noise prediction network [Sec. 4], which regresses `prediction`, one of PREDICTIONS. Raises
+    ValueError if that is unknown, or if dim is odd or not divisible by heads."""
 
     def __init__(self, layout, dim, depth, heads, prediction="eps"):
         super().__init__()
@@ -256,9 +255,8 @@ class AVDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.ada = nn.Linear(dim, 2 * dim)
-        for project in self.project_out.values():
-            nn.init.zeros_(project.weight)
-            nn.init.zeros_(project.bias)
+        for p in self.project_out.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, z, t, z0_prev=None):
         """z_t (B, E), t (B, S), previous estimate of z0 (B, E) or None -> prediction (B, E)."""

@@ -215,7 +215,7 @@ def denoise(args, trained, z0, given, generator, label):
             print(f"\r{label}: samples {64 * len(parts)}.. of {len(z0)}, step {step}/{steps}  ", end="", flush=True)
 
     for x in z0.split(64):
-        with precision(args.dtype, trained.device, trained.layout):
+        with precision(args.dtype, trained.device):
             z = generate(trained.model, trained.schedule, trained.layout, x.to(trained.device), given, on_step=on_step,
                 steps=args.steps or trained.preset.sampling_steps, sampler=args.sampler or trained.preset.sampler,
                 guidance=args.guidance, guidance_drop=args.guidance_drop or None, generator=generator)  # fmt: skip

@@ -5,13 +5,14 @@ train() is Alg. 2 as a loop. Below it: what a step draws, the optimizers, checkp
 import argparse
 import atexit
 import copy
+import ctypes
 import importlib.util
 import math
 import os
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from os.path import expanduser
@@ -20,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from avdit import PREDICTIONS, PRESETS, NoiseSchedule, sample_timesteps, training_loss
 from data import Media, kind_of, open_data
@@ -59,7 +60,7 @@ def train(args):
         for rows in micro_batches:
             eps = draw_noise(args.seed, step, rows, layout.E)  # line 3
             z0, t_rows, eps = machine.put(z[index[rows]], t[rows], eps)
-            with precision(args.dtype, machine.device, layout):
+            with precision(args.dtype, machine.device):
                 loss, error = training_loss(net, schedule, layout, z0, t_rows, eps, self_conditioning)  # lines 5 to 11
             (loss / args.accumulate).backward()  # DistributedDataParallel averages over processes
             run.log.add(error, t_rows)
@@ -198,7 +199,8 @@ class Run:
     def save(self, step):
         """Rank 0 writes the checkpoint; the others wait."""
         if self.machine.rank == 0:
-            state = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)  # XLA's would load only with torch_xla
             with replacing(self.path) as path, path.open("wb") as file:
                 if step == 0 and self.path.exists():
                     raise FileExistsError(f"another run has written {self.path} in the meantime: use another --out")
@@ -265,15 +267,6 @@ def opened(path):
         except Exception as why:  # reading raises many kinds
             raise ValueError(f"{path} is no checkpoint of this version, is damaged, or holds code, which is not run "
                              f"({type(why).__name__}: {why}): use another, or train again") from None  # fmt: skip
-
-
-def on_cpu(x):
-    """Nested dicts and lists with every tensor on the CPU. A file of XLA tensors would load only with torch_xla."""
-    if isinstance(x, dict):
-        return {k: on_cpu(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [on_cpu(v) for v in x]
-    return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
 class Log:
@@ -343,8 +336,7 @@ def flush(device):
         torch_xla.sync()
 
 
-@contextmanager
-def precision(name, device, layout):
+def precision(name, device):
     """The precision of a forward pass: "fp32", "bf16" (autocast), or "auto": bf16 if the chip has its instructions."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -352,12 +344,8 @@ def precision(name, device, layout):
         chip = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
         native = device.type == "xla" or chip.get("avx512_bf16") or chip.get("amx_bf16")
     enabled = name == "bf16" or (name == "auto" and bool(native))
-    # On a CPU, PyTorch's fused attention is slow in bf16. The plain one keeps L^2 numbers per head and layer.
-    plain = enabled and device.type == "cpu" and sum(m.N * m.P for m in layout.modalities) < 512
-    attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
     # No cache: the pass with gradient would reuse the bf16 weights of self-conditioning's pass, which have no gradient.
-    with attention, torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 class Machine:
@@ -381,6 +369,10 @@ class Machine:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
+        # The process keeps the memory of freed tensors [mallopt(3)]: to borrow it anew is a tenth of a toy step.
+        with suppress(AttributeError, TypeError):  # not every C library has mallopt
+            for option, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, size)
         if self.rank:
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
 

@@ -242,7 +242,7 @@ class Case:
 
     def forward(self, stack):
         def job():
-            with torch.no_grad(), precision(self.dtype, self.device, self.layout):
+            with torch.no_grad(), precision(self.dtype, self.device):
                 stack(self.x, self.c, self.layout)
 
         return job
@@ -250,7 +250,7 @@ class Case:
     def backward(self, stack):
         def job():
             stack.zero_grad()
-            with precision(self.dtype, self.device, self.layout):
+            with precision(self.dtype, self.device):
                 out = stack(self.x, self.c, self.layout)
             out.backward(self.grad)
 
@@ -267,7 +267,7 @@ class Case:
 
         def job():
             model.zero_grad()
-            with precision(self.dtype, self.device, self.layout):
+            with precision(self.dtype, self.device):
                 loss, _ = training_loss(model, *inputs, self_conditioning=True)
             loss.backward()
             for optimizer in optimizers.values():
@@ -337,7 +337,7 @@ def paper_step(preset, device, dtype, compiled, count):
             z0, eps = torch.randn(2, batch, layout.E, device=device)
             t = sample_timesteps("monl", layout, batch, schedule.T).to(device)
             model.zero_grad()
-            with precision(dtype, device, layout):
+            with precision(dtype, device):
                 loss, _ = training_loss(model, schedule, layout, z0, t, eps, self_conditioning=True)
             loss.backward()
             optimizer.step()

@@ -11,6 +11,7 @@ import baselines
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import avdit
 from avdit import (
@@ -18,6 +19,7 @@ from avdit import (
     PREDICTIONS,
     STRATEGIES,
     AVDiT,
+    Block,
     Layout,
     Modality,
     NoiseSchedule,
@@ -341,11 +343,11 @@ def slow_forward(model, modalities, z, t, z0_prev):
             ada = [block.ada(ci).chunk(4) for ci in c]
             h = [norm(xi) * (1 + scale) + shift for xi, (shift, scale, _, _) in zip(x, ada)]
             q, k, v = (torch.stack([block.qkv(hi) for hi in h]).reshape(len(x), 3, heads, -1)[:, i] for i in range(3))
+            keys = [torch.stack([norm(key) for key in k[:, j]]) for j in range(heads)]
             for i in range(len(x)):
                 mixed = []
                 for j in range(heads):
-                    keys = torch.stack([norm(key) for key in k[:, j]])
-                    weight = (keys @ norm(q[i, j]) / math.sqrt(d // heads)).softmax(0)
+                    weight = (keys[j] @ norm(q[i, j]) / math.sqrt(d // heads)).softmax(0)
                     mixed.append(weight @ v[:, j])
                 x[i] = x[i] + block.attend(torch.cat(mixed))
             x = [xi + mlp(block.mlp, norm(xi) * (1 + scale) + shift) for xi, (_, _, shift, scale) in zip(x, ada)]
@@ -355,12 +357,14 @@ def slow_forward(model, modalities, z, t, z0_prev):
     return torch.cat(result).reshape(z.shape)
 
 
-def test_network_equals_its_slow_form():
-    model = randomized(AVDiT(THREE, 16, 2, 2)).double()
-    z, prev = (latents(THREE, 2, seed, torch.float64) for seed in (1, 2))
-    t = ptm_timesteps(THREE, 2)
+@pytest.mark.parametrize("layout", [THREE, Layout([Modality("video", (8, 8), 2, (0, 1, 2, 3, 4)), AUDIO])])
+def test_network_equals_its_slow_form(layout):
+    """The second has more than 256 tokens, for which attention is PyTorch's."""
+    model = randomized(AVDiT(layout, 16, 2, 2)).double()
+    z, prev = (latents(layout, 2, seed, torch.float64) for seed in (1, 2))
+    t = ptm_timesteps(layout, 2)
     with torch.no_grad():
-        slow = slow_forward(model, [VIDEO, AUDIO, TOUCH], z, t, 8 * prev)  # some of it beyond the clamp
+        slow = slow_forward(model, layout.modalities, z, t, 8 * prev)  # some of it beyond the clamp
         torch.testing.assert_close(model(z, t, 8 * prev), slow, atol=1e-4, rtol=1e-4)  # float32 angles to 1000
         assert torch.equal(model(z, t), model(z, t, torch.zeros_like(z)))
 
@@ -373,6 +377,15 @@ def test_the_estimate_is_clamped_and_nothing_else():
         assert torch.equal(model(z, t, prev), model(z, t, at_bound))
         assert not torch.allclose(model(z, t, prev), model(z, t, 0.99 * at_bound), atol=0.01)  # 10 itself gets through
         assert not torch.allclose(model(z, t, prev), model(z.clamp(-10, 10), t, prev), atol=0.1)
+
+
+def test_attention_is_fused_from_256_tokens_on(monkeypatch):
+    calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(qkv) or fused(*qkv))
+    for tokens in (255, 256):
+        layout = Layout([Modality("x", (tokens,), 1, (0, 1))])
+        Block(8, 2)(torch.zeros(1, tokens, 8), torch.zeros(1, 1, 8), layout)
+        assert len(calls) == (tokens == 256)
 
 
 def test_queries_and_keys_are_normalised():

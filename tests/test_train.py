@@ -3,8 +3,11 @@
 import copy
 import csv
 import math
+import os
+import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from test_data import latents_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import train
-from avdit import PRESETS, AVDiT, Block, Layout, Modality, NoiseSchedule, predict, sample_timesteps, training_loss
+from avdit import PRESETS, AVDiT, Block, Layout, NoiseSchedule, predict, sample_timesteps, training_loss
 
 ROOT = Path(__file__).parents[1]
 TOY = Layout(PRESETS["toy"].modalities)
@@ -180,8 +183,8 @@ def test_the_loop_is_alg_2(call, latents, tmp_path, monkeypatch, prediction, acc
     saved = reference(SimpleNamespace(**flags), z, data.read_latents("z.npz")[1])
     for (weights, averages, _), state in zip(saved.values(), states, strict=True):
         for name, p in weights.items():
-            torch.testing.assert_close(state["model"][name], p, atol=1e-4, rtol=1e-3, msg=name)
-            torch.testing.assert_close(state["ema"][name], averages[name], atol=1e-4, rtol=1e-3, msg=name)
+            torch.testing.assert_close(state["model"][name], p, atol=5e-4, rtol=1e-3)
+            torch.testing.assert_close(state["ema"][name], averages[name], atol=5e-4, rtol=1e-3)
     header, *rows = csv.reader((tmp_path / "runs/z/log.csv").open())
     assert header == ["step", "mse", "video", "audio"]
     assert [int(row[0]) for row in rows] == [5, 10, 15, 20, 24] == list(saved)
@@ -421,6 +424,33 @@ def test_compile_compiles_the_blocks_that_are_trained(call, latents, losses, mon
     assert equal(checkpoint(Path("runs/z"))["model"], checkpoint(Path("o"))["model"])
 
 
+@pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which(os.getenv("CXX", "c++"))), reason="no C++ compiler")
+@pytest.mark.parametrize("dim, heads, modalities", [(128, 4, "toy"), (256, 4, "clips"), (1024, 16, "toy")])
+def test_compiled_gradients_are_eager_ones(dim, heads, modalities):
+    """At two batch sizes, of which the second has a program of its own. 1024 is the paper's width."""
+    device, layout = train.open_device("auto"), Layout(PRESETS[modalities].modalities)
+    torch.manual_seed(0)
+    model, schedule = AVDiT(layout, dim, 2, heads, "z0").to(device), NoiseSchedule().to(device)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)  # behind a matrix of zeros every gradient would be zero
+
+    def gradients(*batch):
+        model.zero_grad()
+        training_loss(model, schedule, layout, *batch, self_conditioning=True)[0].backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    batches = []
+    for size in (4, 6):
+        z0, eps = torch.randn(2, size, layout.E, device=device)
+        batches.append((z0, sample_timesteps("monl", layout, size, 1000).to(device), eps))
+    eager = [gradients(*batch) for batch in batches]
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    for batch, expected in zip(batches, eager):
+        for found, right in zip(gradients(*batch), expected):
+            assert 0 < right.norm() < torch.inf and (found - right).norm() <= 1e-5 * right.norm()
+
+
 # --- Devices and precision --------------------------------------------------------------------------------------------
 
 
@@ -469,7 +499,7 @@ class Operations(TorchDispatchMode):
     ],
 )
 def test_dtype_is_that_of_products_in_every_forward_pass(call, latents, monkeypatch, name, chip, bf16):
-    """In bf16 on a CPU the attention is the plain one; else it is PyTorch's fused one. Weights stay float32."""
+    """Weights stay float32."""
     operations, forward = [], AVDiT.forward
 
     def spy(self, *args):
@@ -486,19 +516,8 @@ def test_dtype_is_that_of_products_in_every_forward_pass(call, latents, monkeypa
     for seen in operations:
         products = {dtype for function, dtype in seen if function.startswith(("aten.mm.", "aten.addmm."))}
         assert products == {torch.bfloat16 if bf16 else torch.float32}
-        assert any("flash_attention" in function for function, _ in seen) != bf16
     state = checkpoint(Path("runs/z"))
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in state["model"].values())
-
-
-def test_plain_attention_is_for_few_tokens(monkeypatch):
-    q = torch.zeros(1, 1, 4, 8)
-    for tokens, fused in ((511, False), (512, True)):
-        layout = Layout([Modality("x", (tokens - 1,), 1, (0, 1)), Modality("y", (), 1, (0, 1))])
-        for name, want in (("bf16", fused), ("fp32", True)):
-            with train.precision(name, CPU, layout), Operations() as recorded:
-                F.scaled_dot_product_attention(q, q, q)
-            assert any("flash_attention" in function for function, _ in recorded.seen) == want
 
 
 @pytest.mark.parametrize(
@@ -508,12 +527,11 @@ def test_plain_attention_is_for_few_tokens(monkeypatch):
 def test_auto_on_other_devices(monkeypatch, device, chip, auto):
     """bf16 where the chip computes in it, not where it is emulated. Weights in bf16 are never cached."""
     asked = []
-    monkeypatch.setattr(torch, "autocast", lambda *args, **how: asked.append((args, how)) or torch.no_grad())
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: asked.append((args, how)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: chip or including_emulation)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     for name, enabled in (("auto", auto), ("bf16", True), ("fp32", False)):
-        with train.precision(name, SimpleNamespace(type=device), TOY):
-            assert torch.backends.cuda.flash_sdp_enabled()
+        train.precision(name, SimpleNamespace(type=device))
         assert asked.pop() == ((device, torch.bfloat16), {"enabled": enabled, "cache_enabled": False})
 
 
@@ -528,7 +546,7 @@ def test_bf16_gradients_are_those_of_fp32():
         torch.nn.init.normal_(p, std=0.05, generator=g)
     for dtype in ("fp32", "bf16"):
         model.zero_grad()
-        with train.precision(dtype, CPU, layout):
+        with train.precision(dtype, CPU):
             loss, _ = training_loss(model, schedule, layout, z0, t, eps, self_conditioning=True)
         loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -568,15 +586,31 @@ def test_an_absent_device_is_named(call, latents):
     assert status == 2 and "no cuda here: use" in err
 
 
-def test_a_checkpoint_lies_on_the_cpu():
-    x = torch.zeros(2, device="meta")
-    moved, cpu = [], torch.Tensor.cpu
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or cpu(torch.ones(2)))
-        state = train.on_cpu({"a": [x, (x, 3)], "b": {0: x}, "c": "text"})
-    assert len(moved) == 3 and equal(
-        state, {"a": [torch.ones(2), [torch.ones(2), 3]], "b": {0: torch.ones(2)}, "c": "text"}
-    )
+def test_a_checkpoint_lies_on_the_cpu(call, latents, monkeypatch):
+    """Every tensor passes through .cpu(), which gives ones here."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.ones_like(self))
+    assert call(train, *latents, "--optimizer", "muon")[0] == 0
+    state = checkpoint(Path("runs/z"))
+    for name in ("model", "ema", "adamw", "muon"):
+        tensors = [x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor)]
+        assert tensors and all((x == 1).all() for x in tensors)
+
+
+def test_freed_memory_stays_with_the_process():
+    """Counts pages that the system has to lend while tensors of 2 MB come and go. Only glibc can be told."""
+    code = """
+        import ctypes, resource, torch, train
+        if not hasattr(ctypes.CDLL(None), "mallopt"):
+            raise SystemExit
+        train.Machine("cpu")
+        for i in range(60):
+            if i == 10:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            x = [torch.ones(2**19) for _ in range(20)]
+            del x
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 3000, "otherwise about 510000"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
 
 
 # --- The log ----------------------------------------------------------------------------------------------------------
