@@ -29,7 +29,7 @@ from data import Media, kind_of, open_data
 
 # The training recipe of each preset. Every entry is also a flag.
 RECIPES = {
-    "toy": {"batch": 64, "steps": 3800, "optimizer": "muon", "lr": 4e-3, "warmup": 100, "ema": 0.995},
+    "toy": {"batch": 64, "steps": 2800, "optimizer": "muon", "lr": 4e-3, "warmup": 100, "ema": 0.995},
     "clips": {"batch": 64, "steps": 10_000, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "ema": 0.995},
     "paper": {"batch": 256, "steps": 400_000, "optimizer": "adamw", "lr": 5e-4, "warmup": 5000, "ema": 0.9999},
 }
