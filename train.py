@@ -5,14 +5,13 @@ train() is Alg. 2 as a loop. Below it: what a step draws, the optimizers, checkp
 import argparse
 import atexit
 import copy
-import ctypes
 import importlib.util
 import math
 import os
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from os.path import expanduser
@@ -29,7 +28,7 @@ from data import Media, kind_of, open_data
 
 # The training recipe of each preset. Every entry is also a flag.
 RECIPES = {
-    "toy": {"batch": 64, "steps": 2800, "optimizer": "muon", "lr": 4e-3, "warmup": 100, "ema": 0.995},
+    "toy": {"batch": 64, "steps": 2500, "optimizer": "muon", "lr": 4e-3, "warmup": 100, "ema": 0.995},
     "clips": {"batch": 64, "steps": 10_000, "optimizer": "muon", "lr": 6e-3, "warmup": 100, "ema": 0.995},
     "paper": {"batch": 256, "steps": 400_000, "optimizer": "adamw", "lr": 5e-4, "warmup": 5000, "ema": 0.9999},
 }
@@ -369,10 +368,6 @@ class Machine:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
-        # The process keeps the memory of freed tensors [mallopt(3)]: to borrow it anew is a tenth of a toy step.
-        with suppress(AttributeError, TypeError):  # not every C library has mallopt
-            for option, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, size)
         if self.rank:
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
 

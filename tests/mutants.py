@@ -197,7 +197,6 @@ HAND = {  # module: (what is there, what a tired student makes of it)
         ("        self.parts |= self.optimizers\n", ""),
         ("if zipfile.ZipFile(file).testzip():", "if not zipfile.ZipFile(file):"),
         ("weights_only=True", "weights_only=False"),
-        ("ctypes.CDLL(None).mallopt(option, size)", "pass"),
         ("tree_map_only(torch.Tensor, torch.Tensor.cpu, state)", "state"),
         ("cache_enabled=False", "cache_enabled=True"),
         ("model(data.layout, args.prediction)", "model(data.layout)"),
