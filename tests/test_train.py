@@ -423,7 +423,7 @@ def test_compile_compiles_the_blocks_that_are_trained(call, latents, losses, mon
     assert equal(checkpoint(Path("runs/z"))["model"], checkpoint(Path("o"))["model"])
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which(os.getenv("CXX", "c++"))), reason="no C++ compiler")
+@pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which(os.getenv("CXX", "g++"))), reason="no C++ compiler")
 @pytest.mark.parametrize("dim, heads, modalities", [(128, 4, "toy"), (256, 4, "clips"), (1024, 16, "toy")])
 def test_compiled_gradients_are_eager_ones(dim, heads, modalities):
     """At two batch sizes, of which the second has a program of its own. 1024 is the paper's width."""
