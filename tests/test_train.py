@@ -158,7 +158,7 @@ def reference(args, z, layout):
 def test_the_loop_is_alg_2(call, latents, tmp_path, monkeypatch, prediction, accumulate):
     """Weights, averages and log of a short run, in whole batches and in micro-batches."""
     flags = {"optimizer": "adamw", "mixture": "monl+task:a2v", "lr": 0.01, "warmup": 2, "ema": 0.5, "steps": 24,
-             "batch": 4, "seed": 5, "save_every": 5, "prediction": prediction}  # fmt: skip
+             "batch": 4, "seed": 8, "save_every": 5, "prediction": prediction}  # fmt: skip
     words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
     loss, save, calls, states = train.training_loss, train.Run.save, [], []
 
@@ -182,8 +182,8 @@ def test_the_loop_is_alg_2(call, latents, tmp_path, monkeypatch, prediction, acc
     saved = reference(SimpleNamespace(**flags), z, data.read_latents("z.npz")[1])
     for (weights, averages, _), state in zip(saved.values(), states, strict=True):
         for name, p in weights.items():
-            torch.testing.assert_close(state["model"][name], p, atol=5e-4, rtol=1e-3)
-            torch.testing.assert_close(state["ema"][name], averages[name], atol=5e-4, rtol=1e-3)
+            torch.testing.assert_close(state["model"][name], p, atol=1e-4, rtol=1e-3, msg=name)
+            torch.testing.assert_close(state["ema"][name], averages[name], atol=1e-4, rtol=1e-3, msg=name)
     header, *rows = csv.reader((tmp_path / "runs/z/log.csv").open())
     assert header == ["step", "mse", "video", "audio"]
     assert [int(row[0]) for row in rows] == [5, 10, 15, 20, 24] == list(saved)
