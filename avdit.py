@@ -449,8 +449,8 @@ class Preset:
     sampler: str
     sampling_steps: int
 
-    def model(self, layout, prediction=None):
-        return AVDiT(layout, self.dim, self.depth, self.heads, prediction or self.prediction)
+    def model(self, layout):
+        return AVDiT(layout, self.dim, self.depth, self.heads, self.prediction)
 
 
 PRESETS = {

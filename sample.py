@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from avdit import PRESETS, SAMPLERS, TASKS, Layout, Modality, NoiseSchedule, generate, task_mask
+from avdit import PRESETS, SAMPLERS, TASKS, AVDiT, Layout, Modality, NoiseSchedule, generate, task_mask
 from data import Media, clip_windows, in_chunks, kind_of
 from train import DEVICES, DTYPES, Parser, alone, flush, number, open_device, opened, precision
 
@@ -59,7 +59,7 @@ class Trained:
             self.media = Media(config["fps"], config["size"], config["sample_rate"])
             self.layout = Layout([Modality(**m) for m in saved["modalities"]])
             self.data = kind_of(config["data"])(config["data"] if data is None else data, self.media, self.layout)
-            self.model = self.preset.model(self.layout, config["prediction"])
+            self.model = AVDiT(self.layout, *(config[key] for key in ("dim", "depth", "heads", "prediction")))
             self.model.load_state_dict(saved["ema"])
             self.tokenizers = self.data.tokenizers()
             self.tokenizers.load_state_dict(saved["tokenizers"])

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from avdit import PREDICTIONS, PRESETS, NoiseSchedule, sample_timesteps, training_loss
+from avdit import PREDICTIONS, PRESETS, AVDiT, NoiseSchedule, sample_timesteps, training_loss
 from data import Media, kind_of, open_data
 
 # The training recipe of each preset. Every entry is also a flag.
@@ -139,7 +139,7 @@ def make_optimizers(name, model):
 
 # --- A run, its checkpoint and its log --------------------------------------------------------------------------------
 
-FORMAT = 6  # of a checkpoint: increment it when what a checkpoint holds changes its meaning
+FORMAT = 7  # of a checkpoint: increment it when what a checkpoint holds changes its meaning
 FREE = ("data", "device", "compile", "accumulate", "save_every", "out")  # settings that may differ when a run goes on
 
 
@@ -152,7 +152,7 @@ class Run:
         if not sample_timesteps(args.mixture, data.layout, batch=64, T=2).any():  # a trial; it also raises ValueError
             raise ValueError(f"--mixture {args.mixture} gives all that {args.data} has and leaves nothing to train")
         torch.manual_seed(args.seed)
-        self.model = PRESETS[args.preset].model(data.layout, args.prediction).to(machine.device)
+        self.model = AVDiT(data.layout, args.dim, args.depth, args.heads, args.prediction).to(machine.device)
         self.ema = copy.deepcopy(self.model)
         self.optimizers = make_optimizers(args.optimizer, self.model)
         self.tokenizers = data.tokenizers()
@@ -451,11 +451,14 @@ def make_parser():
     kind = kind_of(first.parse_known_args()[0].data)
     first.add_argument("--preset", default=kind.preset, choices=PRESETS, help="network and recipe (%(default)s)")
     preset = first.parse_known_args()[0].preset
-    recipe, count = RECIPES[preset], number(int, 1, 10**9)
+    network, recipe, count = PRESETS[preset], RECIPES[preset], number(int, 1, 10**9)
     parser = Parser(description=__doc__.split(" See")[0], parents=[first], allow_abbrev=False)
     add = parser.add_argument
     add("--mixture", default="monl", help="monl, vanilla, pm, pt, ptm, task:a2v ..., or sums: pt+pm (%(default)s)")
-    add("--prediction", default=PRESETS[preset].prediction, choices=PREDICTIONS, help="what to regress (%(default)s)")
+    add("--prediction", default=network.prediction, choices=PREDICTIONS, help="what to regress (%(default)s)")
+    add("--dim", type=count, default=network.dim, help="width of the network (%(default)s)")
+    add("--depth", type=count, default=network.depth, help="its layers (%(default)s)")
+    add("--heads", type=count, default=network.heads, help="attention heads of a layer (%(default)s)")
     add("--batch", type=number(int, 1, 2**16), help="examples per step, over all devices (%(default)s)")
     add("--steps", type=count, help="training steps (%(default)s)")
     add("--optimizer", choices=("adamw", "muon"), help="muon: Muon for the blocks' matrices (%(default)s)")

@@ -199,7 +199,7 @@ HAND = {  # module: (what is there, what a tired student makes of it)
         ("weights_only=True", "weights_only=False"),
         ("tree_map_only(torch.Tensor, torch.Tensor.cpu, state)", "state"),
         ("cache_enabled=False", "cache_enabled=True"),
-        ("model(data.layout, args.prediction)", "model(data.layout)"),
+        ("AVDiT(data.layout, args.dim, args.depth, args.heads", "AVDiT(data.layout, args.dim, args.depth, args.depth"),
         ("betas=(0.9, 0.99)", "betas=(0.9, 0.999)"),
         ("lerp_(p.grad, 0.05)", "lerp_(p.grad, 0.1)"),
         ("sample_timesteps(args.mixture, layout, args.batch", 'sample_timesteps("monl", layout, args.batch'),

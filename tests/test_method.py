@@ -490,10 +490,10 @@ def test_the_paper_preset_is_app_b():
     assert all(m.edges[-1] == 17 / 8 for m in TOY.modalities)
 
 
-def test_a_presets_model_takes_another_layout_and_prediction():
+def test_a_presets_model_takes_another_layout():
     toy = avdit.PRESETS["toy"]
-    model = toy.model(THREE, "eps")
-    assert model.layout is THREE and model.prediction == "eps" and toy.model(THREE).prediction == "z0"
+    model = toy.model(THREE)
+    assert model.layout is THREE and model.prediction == toy.prediction
     assert (model.dim, len(model.blocks), model.blocks[0].heads) == (toy.dim, toy.depth, toy.heads)
 
 

@@ -22,7 +22,7 @@ from test_data import CLIPS, latents_file, make_clip
 import data
 import sample
 import train
-from avdit import PRESETS, TASKS, Layout, NoiseSchedule, generate, task_mask
+from avdit import PRESETS, TASKS, AVDiT, Layout, NoiseSchedule, generate, task_mask
 
 ROOT = Path(__file__).parents[1]
 LAYOUT, CPU = Layout(PRESETS["toy"].modalities), torch.device("cpu")
@@ -39,11 +39,12 @@ SECONDS = {  # that a task gives of video and of audio, of 2.125
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folder of a model of the toy world with random weights. Its average has other weights than its last step."""
+    """Folder of a small model of the toy world, with random weights. Its average has others than its last step."""
     folder, toy_clips = tmp_path_factory.mktemp("model"), data.toy_clips
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "toy_clips", lambda n, *more: toy_clips(min(n, 32), *more))
-        patch.setattr(sys, "argv", ["train.py", "--steps", "1", "--batch", "2", "--out", str(folder)])
+        size = "--dim", "64", "--depth", "2", "--heads", "2"
+        patch.setattr(sys, "argv", ["train.py", *size, "--steps", "1", "--batch", "2", "--out", str(folder)])
         train.main()
     saved, generator = torch.load(folder / "ckpt.pt", weights_only=True), torch.Generator().manual_seed(0)
     for name in ("model", "ema"):
@@ -77,7 +78,7 @@ def calls(monkeypatch):
 def network_and_tokenizers(folder):
     """Of a checkpoint of the toy world: the network with averaged weights, and the tokenizers."""
     saved = torch.load(folder / "ckpt.pt", weights_only=True)
-    network, tokenizers = PRESETS["toy"].model(LAYOUT), data.media_tokenizers(LAYOUT, data.TOY, residual=False)
+    network, tokenizers = AVDiT(LAYOUT, 64, 2, 2, "z0"), data.media_tokenizers(LAYOUT, data.TOY, residual=False)
     network.load_state_dict(saved["ema"])
     tokenizers.load_state_dict(saved["tokenizers"])
     return network, tokenizers

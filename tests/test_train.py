@@ -113,8 +113,8 @@ SCALES = 0.2, 8  # of the loss, in turn, so that the norms of some gradients are
 def reference(args, z, layout):
     """Alg. 2 [App. B] written out, with clipping, AdamW, average and log -> {step: (weights, averages, log line)}."""
     torch.manual_seed(args.seed)
-    model, schedule = PRESETS["toy"].model(layout, args.prediction), NoiseSchedule(1000)
-    weights = dict(model.named_parameters())
+    model = AVDiT(layout, args.dim, args.depth, args.heads, args.prediction)
+    schedule, weights = NoiseSchedule(1000), dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in weights.items()}
     first = {name: torch.zeros_like(p) for name, p in averages.items()}
     second, saved, since, coins, norms = copy.deepcopy(first), {}, [], set(), []
@@ -158,7 +158,8 @@ def reference(args, z, layout):
 def test_the_loop_is_alg_2(call, latents, tmp_path, monkeypatch, prediction, accumulate):
     """Weights, averages and log of a short run, in whole batches and in micro-batches."""
     flags = {"optimizer": "adamw", "mixture": "monl+task:a2v", "lr": 0.01, "warmup": 2, "ema": 0.5, "steps": 24,
-             "batch": 4, "seed": 8, "save_every": 5, "prediction": prediction}  # fmt: skip
+             "batch": 4, "seed": 8, "save_every": 5, "prediction": prediction,
+             "dim": 32, "depth": 1, "heads": 2}  # fmt: skip
     words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
     loss, save, calls, states = train.training_loss, train.Run.save, [], []
 
@@ -247,13 +248,17 @@ def test_fps_size_and_sample_rate_are_the_format_of_a_folder(call, tmp_path, mon
     assert media == (10, 96, 8000) and layout.modalities[0].grid == (3, 3) and layout.modalities[0].edges[1] == 0.1
 
 
-def test_preset_is_the_networks_size(call, latents, losses, monkeypatch):
+def test_preset_or_flags_set_the_networks_size(call, latents, losses, monkeypatch):
+    def size(name, *flags):
+        assert call(train, *latents, "--preset", name, "--out", name + "".join(flags), "--steps", 1, *flags)[0] == 0
+        net = losses[-1].net
+        assert net.prediction == PRESETS[name].prediction
+        return net.dim, len(net.blocks), net.blocks[0].heads
+
     for name, width in (("clips", 16), ("paper", 24)):
         monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], dim=width, depth=width // 8, heads=2))
-        assert call(train, *latents, "--preset", name, "--out", name, "--steps", 1)[0] == 0
-        net = losses[-1].net
-        assert (net.dim, len(net.blocks), net.blocks[0].heads) == (width, width // 8, 2)
-        assert net.prediction == PRESETS[name].prediction
+        assert size(name) == (width, width // 8, 2)
+    assert size("clips", "--dim", "48", "--depth", "3", "--heads", "6") == (48, 3, 6)
 
 
 @pytest.mark.parametrize("mixture", ["task:a2v", "vanilla+task:v2a", "pm"])
