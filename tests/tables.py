@@ -1,7 +1,7 @@
 """The paper's Tables 1 and 7 on the toy world: train every model from every seed, score it, print the tables.
 
-`--curve` trains MoNL twice as long too, and compares it with the models of one task each. Every score goes to
-OUT/scores.csv as soon as it is known. The same command goes on where it stopped. A model that train.py has already
+`--curve` asks what one model for everything costs: it trains larger networks, and for four times as long. Every score
+goes to OUT/scores.csv as soon as it is known. The same command goes on where it stopped. A model that train.py has already
 trained with the same arguments into OUT/<MODEL>-<SEED>-<STEPS> is only scored.
 """
 
@@ -36,11 +36,33 @@ MODELS = {
     "Pt": ("--mixture", "pt"),
     "Ptm": ("--mixture", "ptm"),
     "Pt/Pm/Ptm": ("--mixture", "pt+pm+ptm"),
+    "All tasks": ("--mixture", "+".join(f"task:{task}" for task in TASKS)),
     "recipe": ("--prediction", "eps", "--optimizer", "adamw", "--lr", "5e-4", "--warmup", "5000", "--ema", "0.9999"),
 }
+SIZES = {  # of --curve, as arguments of train.py; ("MoNL", "width 192") is the model "MoNL, width 192"
+    "width 128": (),
+    "width 192": ("--dim", "192", "--heads", "6"),
+    "width 256": ("--dim", "256", "--heads", "8"),
+    "8 layers": ("--depth", "8"),
+}
+# --curve: (model, its size, multiples of --steps). A model of one task has in 1/6 as many examples of it as All tasks.
+CURVE = (
+    *((task, "width 128", times) for times in (1 / 6, 1) for task in ("inpaint", "continue")),
+    *((model, "width 128", 1) for model in ("All tasks", "MoNL")),
+    *(("MoNL", size, 1) for size in ("width 192", "width 256", "8 layers")),
+    *(("MoNL", size, 4) for size in ("width 128", "width 256")),
+)
+
+
+def sized(name, size):
+    """Name of a model or of a row of a table, for a network of this size."""
+    return name if SIZES[size] == () else f"{name}, {size}"
+
+
+MODELS |= {sized(model, size): (*MODELS[model], *SIZES[size]) for model, size, _ in CURVE}
 # row of a table -> (model, arguments of score.py). The row "Conditional" has one model per task, named after it.
 WAYS = {
-    **{name: (name, ()) for name in MODELS if name not in (*TASKS, "recipe")},
+    **{name: (name, ()) for name in MODELS if name.split(",")[0] not in (*TASKS, "recipe")},
     "MoNL, the paper's recipe": ("recipe", ()),
     "Vanilla": ("Vanilla", ("--method", "replacement")),
     **{
@@ -92,10 +114,8 @@ LESS = {
     for task in ("continue-2s", "continue")
     for name in names
 }
-
-# of the curve: MoNL's multiples of --steps; the scores of the models of one task each
-TIMES = (1, 2)
-ONE_TASK = {k: v for k, v in EXACT.items() if k.split()[0] in MODELS} | {"a2v spread": [("a2v", "spread")]}
+# of --curve
+COLUMNS = {k: v for k, v in EXACT.items() if k != "average"} | {"a2v spread": [("a2v", "spread")]}
 
 LOCK = Lock()  # of scores.csv
 TABLE_1 = list(PAPER_1)
@@ -138,8 +158,9 @@ def job(model, seed, steps, args, ready):
     """Train one model from one seed, sample and score it in every way that is missing, append to scores.csv."""
     folder = args.out / folder_name(model, seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
-    if model in TASKS:
-        task, ways = model, {"Conditional": ()}
+    if model.split(",")[0] in TASKS:
+        task, *size = model.split(", ")
+        ways = {", ".join(["Conditional", *size]): ()}
     else:
         task, ways = "all", {way: extra for way, (of, extra) in WAYS.items() if of == model}
     last = TASKS[-1] if task == "all" else task
@@ -186,33 +207,39 @@ def table(found, rows, columns, digits, paper):
         print(f"| {label} | " + " | ".join(cells) + " |")
 
 
-def plot(found, steps, columns, path):
-    """One panel per column: a dot per seed, a line through their medians, by steps. The vertical scale is logarithmic."""
-    size, edge, least, most = 260, 200, 0.002, 0.35
-    picture = Image.new("RGB", (size * len(columns), size), "white")
+def plot(found, steps, path):
+    """path of inpaint and of continue by training steps, both scales logarithmic: a colour per network, a dot per seed,
+    a line through their medians."""
+    left, top, edge, least, most = 40, 30, 260, 0.004, 0.35
+    picture = Image.new("RGB", (2 * (left + edge) + 170, top + edge + 20), "white")
     pen = ImageDraw.Draw(picture)
-    for i, (title, pairs) in enumerate(columns.items()):
-        left = size * i + 40
+    networks = list(dict.fromkeys(("Conditional" if model in TASKS else model, size) for model, size, _ in CURVE))
+    across = {times: edge * (0.55 + 0.25 * math.log(times)) for times in sorted({times for _, _, times in CURVE})}
+    colours = dict(zip(networks, ("red", "green", "cornflowerblue", "darkorange", "darkblue", "purple")))
+    for row, ((model, size), colour) in enumerate(colours.items()):
+        pen.text((2 * (left + edge) + 15, top + 10 + 16 * row), f"{model}, {size}", fill=colour)
+    for panel, (title, pairs) in enumerate((k, COLUMNS[k]) for k in ("inpaint path", "continue path")):
+        x0 = left + panel * (left + edge)
 
         def height(value):
-            return 30 + edge * math.log(most / value) / math.log(most / least)
+            return top + edge * math.log(most / value) / math.log(most / least)
 
-        pen.text((left, 10), title, fill="black")
-        pen.rectangle((left, 30, left + edge, 30 + edge), outline="black")
-        for value in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2):
-            pen.line((left, height(value), left + edge, height(value)), fill="lightgrey")
-            pen.text((left - 30, height(value) - 6), f"{value:g}", fill="black")
-        for row, (way, colour) in enumerate((("MoNL", "blue"), ("Conditional", "red"))):
-            pen.text((left + 6, 34 + 14 * row), way, fill=colour)
+        pen.text((x0, 10), title, fill="black")
+        pen.rectangle((x0, top, x0 + edge, top + edge), outline="black")
+        for value in (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32):
+            pen.line((x0, height(value), x0 + edge, height(value)), fill="lightgrey")
+            pen.text((x0 - 32, height(value) - 6), f"{value:g}", fill="black")
+        for times, x in across.items():
+            pen.text((x0 + x, top + edge + 4), f"{round(steps * times)} steps", fill="black", anchor="mt")
+        for row, ((model, size), colour) in enumerate(colours.items()):
             line = []
-            for k, times in enumerate(TIMES):
-                x = left + edge * (k + 0.5) / len(TIMES)
-                pen.text((x - 14, 34 + edge), str(steps * times), fill="black")
-                values = over_seeds(found, way, steps * times, pairs)
-                for value in values:
-                    pen.ellipse((x - 3, height(value) - 3, x + 3, height(value) + 3), fill=colour)
-                line += [(x, height(statistics.median(values)))] if values else []
-            pen.line(line, fill=colour)
+            for times, x in across.items():
+                values = over_seeds(found, sized(model, size), round(steps * times), pairs)
+                at = x0 + x + 5 * (row - 2)  # side by side
+                for y in map(height, values):
+                    pen.ellipse((at - 3, y - 3, at + 3, y + 3), fill=colour)
+                line += [(at, height(statistics.median(values)))] if values else []
+            pen.line(line, fill=colour, width=2)
     picture.save(path)
 
 
@@ -241,10 +268,9 @@ def figure(args, found, path):
 
 def plan(args):
     """-> the (model, seed, steps) that are needed, the first ones first."""
-    models = [(model, 1) for model in MODELS]
-    if args.curve:
-        models = [(k.split()[0], 1) for k in ONE_TASK] + [("MoNL", times) for times in TIMES]
-    return [(model, seed, args.steps * times) for seed in range(args.seeds) for model, times in dict.fromkeys(models)
+    curve = [(sized(model, size), times) for model, size, times in CURVE]
+    models = curve if args.curve else [(model, 1) for model in MODELS if ", " not in model]
+    return [(model, seed, round(args.steps * times)) for seed in range(args.seeds) for model, times in models
             if not args.only or model in args.only]  # fmt: skip
 
 
@@ -252,7 +278,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("`")[0])
     add = parser.add_argument
     add("--steps", type=int, default=RECIPES["toy"]["steps"], help="training steps of every model (%(default)s)")
-    add("--curve", action="store_true", help="train MoNL, also twice as long, and the models of one task each")
+    add("--curve", action="store_true", help="train larger networks, and four times as long")
     add("--seeds", type=int, default=1, help="models of each kind (%(default)s)")
     add("--only", nargs="+", choices=MODELS, metavar="MODEL", help=f"train and score only some of {', '.join(MODELS)}")
     add("--n", type=int, default=256, help="samples per task, a multiple of 16 (%(default)s)")
@@ -270,10 +296,12 @@ def main():
     spread = f", {args.seeds} seeds: mean ± standard deviation" if args.seeds > 1 else ""
     print(f"{args.steps} steps, {args.n} samples per task{spread}")
     if args.curve:
-        rows = {f"MoNL, {times}x": ("MoNL", times * args.steps) for times in TIMES}
-        rows["Conditional, 1x"] = ("Conditional", args.steps)
-        table(found, rows, ONE_TASK, 3, {})
-        plot(found, args.steps, dict(list(ONE_TASK.items())[:4]), args.out / "curve.png")
+        rows = {}
+        for model, size, times in CURVE:
+            row = "Conditional" if model in TASKS else model
+            rows[f"{row}, {size}, {round(times * args.steps)} steps"] = (sized(row, size), round(times * args.steps))
+        table(found, rows, COLUMNS, 3, {})
+        plot(found, args.steps, args.out / "curve.png")
         return
     for seed in range(args.seeds):  # Vanilla also stands for the conditional model of joint generation
         vanilla = found.get(("Vanilla", seed, args.steps), {})
