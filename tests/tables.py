@@ -39,18 +39,17 @@ MODELS = {
     "All tasks": ("--mixture", "+".join(f"task:{task}" for task in TASKS)),
     "recipe": ("--prediction", "eps", "--optimizer", "adamw", "--lr", "5e-4", "--warmup", "5000", "--ema", "0.9999"),
 }
-SIZES = {  # of --curve, as arguments of train.py; ("MoNL", "width 192") is the model "MoNL, width 192"
+SIZES = {  # of --curve, as arguments of train.py; ("MoNL", "width 256") is the model "MoNL, width 256"
     "width 128": (),
-    "width 192": ("--dim", "192", "--heads", "6"),
     "width 256": ("--dim", "256", "--heads", "8"),
     "8 layers": ("--depth", "8"),
 }
 # --curve: (model, its size, multiples of --steps). A model of one task has in 1/6 as many examples of it as All tasks.
 CURVE = (
     *((task, "width 128", times) for times in (1 / 6, 1) for task in ("inpaint", "continue")),
-    *((model, "width 128", 1) for model in ("All tasks", "MoNL")),
-    *(("MoNL", size, 1) for size in ("width 192", "width 256", "8 layers")),
-    *(("MoNL", size, 4) for size in ("width 128", "width 256")),
+    *(("All tasks", "width 128", times) for times in (1, 4)),
+    *(("MoNL", size, times) for size in ("width 128", "width 256") for times in (1, 4)),
+    ("MoNL", "8 layers", 1),
 )
 
 
@@ -210,12 +209,12 @@ def table(found, rows, columns, digits, paper):
 def plot(found, steps, path):
     """path of inpaint and of continue by training steps, both scales logarithmic: a colour per network, a dot per seed,
     a line through their medians."""
-    left, top, edge, least, most = 40, 30, 260, 0.004, 0.35
+    left, top, edge, least, most = 40, 30, 260, 0.004, 0.1
     picture = Image.new("RGB", (2 * (left + edge) + 170, top + edge + 20), "white")
     pen = ImageDraw.Draw(picture)
     networks = list(dict.fromkeys(("Conditional" if model in TASKS else model, size) for model, size, _ in CURVE))
     across = {times: edge * (0.55 + 0.25 * math.log(times)) for times in sorted({times for _, _, times in CURVE})}
-    colours = dict(zip(networks, ("red", "green", "cornflowerblue", "darkorange", "darkblue", "purple")))
+    colours = dict(zip(networks, ("red", "green", "cornflowerblue", "darkblue", "darkorange")))
     for row, ((model, size), colour) in enumerate(colours.items()):
         pen.text((2 * (left + edge) + 15, top + 10 + 16 * row), f"{model}, {size}", fill=colour)
     for panel, (title, pairs) in enumerate((k, COLUMNS[k]) for k in ("inpaint path", "continue path")):
@@ -226,7 +225,7 @@ def plot(found, steps, path):
 
         pen.text((x0, 10), title, fill="black")
         pen.rectangle((x0, top, x0 + edge, top + edge), outline="black")
-        for value in (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32):
+        for value in (0.005, 0.01, 0.02, 0.04, 0.08):
             pen.line((x0, height(value), x0 + edge, height(value)), fill="lightgrey")
             pen.text((x0 - 32, height(value) - 6), f"{value:g}", fill="black")
         for times, x in across.items():

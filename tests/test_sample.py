@@ -43,8 +43,8 @@ def model(tmp_path_factory):
     folder, toy_clips = tmp_path_factory.mktemp("model"), data.toy_clips
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "toy_clips", lambda n, *more: toy_clips(min(n, 32), *more))
-        size = "--dim", "64", "--depth", "2", "--heads", "2"
-        patch.setattr(sys, "argv", ["train.py", *size, "--steps", "1", "--batch", "2", "--out", str(folder)])
+        network = "--dim", "64", "--depth", "2", "--heads", "4", "--prediction", "v"
+        patch.setattr(sys, "argv", ["train.py", *network, "--steps", "1", "--batch", "2", "--out", str(folder)])
         train.main()
     saved, generator = torch.load(folder / "ckpt.pt", weights_only=True), torch.Generator().manual_seed(0)
     for name in ("model", "ema"):
@@ -78,7 +78,7 @@ def calls(monkeypatch):
 def network_and_tokenizers(folder):
     """Of a checkpoint of the toy world: the network with averaged weights, and the tokenizers."""
     saved = torch.load(folder / "ckpt.pt", weights_only=True)
-    network, tokenizers = AVDiT(LAYOUT, 64, 2, 2, "z0"), data.media_tokenizers(LAYOUT, data.TOY, residual=False)
+    network, tokenizers = AVDiT(LAYOUT, 64, 2, 4, "v"), data.media_tokenizers(LAYOUT, data.TOY, residual=False)
     network.load_state_dict(saved["ema"])
     tokenizers.load_state_dict(saved["tokenizers"])
     return network, tokenizers

@@ -236,12 +236,12 @@ def test_tables_train_what_is_missing_and_print_what_is_there(monkeypatch, tmp_p
     out = main("--curve", "--only", "inpaint", "MoNL", "MoNL, width 256")
     trained = {command[command.index("--out") + 1]: command for command in commands if command[0] == "train.py"}
     names = " ".join(Path(folder).name for folder in trained)
-    assert names == "inpaint-0-3 inpaint-0-20 MoNL-0-20 MoNL--width-256-0-20 MoNL-0-80 MoNL--width-256-0-80"
+    assert names == "inpaint-0-3 inpaint-0-20 MoNL-0-20 MoNL-0-80 MoNL--width-256-0-20 MoNL--width-256-0-80"
     wide = " ".join(trained[str(tmp_path / "MoNL--width-256-0-80")][1:9])
     assert wide == "--mixture monl --dim 256 --heads 8 --steps 80"
     lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:6] for line in out.splitlines() if line[:2] == "| "}
     assert lines["Conditional, width 128, 20 steps"] == ["-"] * 3 + ["0.250"] * 2
-    assert lines["MoNL, width 256, 80 steps"] == ["0.250"] * 5 and lines["MoNL, width 192, 20 steps"] == ["-"] * 5
+    assert lines["MoNL, width 256, 80 steps"] == ["0.250"] * 5 and lines["MoNL, 8 layers, 20 steps"] == ["-"] * 5
     assert (tmp_path / "curve.png").exists()
 
 
