@@ -268,7 +268,7 @@ def figure(args, found, path):
 def plan(args):
     """-> the (model, seed, steps) that are needed, the first ones first."""
     curve = [(sized(model, size), times) for model, size, times in CURVE]
-    models = curve if args.curve else [(model, 1) for model in MODELS if ", " not in model]
+    models = curve if args.curve else [(model, 1) for model in MODELS if ", " not in model and model != "All tasks"]
     return [(model, seed, round(args.steps * times)) for seed in range(args.seeds) for model, times in models
             if not args.only or model in args.only]  # fmt: skip
 

@@ -233,6 +233,8 @@ def test_tables_train_what_is_missing_and_print_what_is_there(monkeypatch, tmp_p
     assert commands == []  # all is there
     out = main("--only", "recipe", "--seeds", "2")
     assert len(commands) == 2 and "0.250 ± 0.000" in out
+    main("--only", "All tasks")
+    assert commands == []  # it is for the curve
     out = main("--curve", "--only", "inpaint", "MoNL", "MoNL, width 256")
     trained = {command[command.index("--out") + 1]: command for command in commands if command[0] == "train.py"}
     names = " ".join(Path(folder).name for folder in trained)
