@@ -36,32 +36,23 @@ MODELS = {
     "Pt": ("--mixture", "pt"),
     "Ptm": ("--mixture", "ptm"),
     "Pt/Pm/Ptm": ("--mixture", "pt+pm+ptm"),
-    "All tasks": ("--mixture", "+".join(f"task:{task}" for task in TASKS)),
     "recipe": ("--prediction", "eps", "--optimizer", "adamw", "--lr", "5e-4", "--warmup", "5000", "--ema", "0.9999"),
 }
-SIZES = {  # of --curve, as arguments of train.py; ("MoNL", "width 256") is the model "MoNL, width 256"
-    "width 128": (),
-    "width 256": ("--dim", "256", "--heads", "8"),
-    "8 layers": ("--depth", "8"),
+OF_TABLES = tuple(MODELS)
+MODELS |= {  # of --curve alone
+    "All tasks": ("--mixture", "+".join(f"task:{task}" for task in TASKS)),
+    "MoNL, width 256": (*MODELS["MoNL"], "--dim", "256", "--heads", "8"),
+    "MoNL, 8 layers": (*MODELS["MoNL"], "--depth", "8"),
 }
-# --curve: (model, its size, multiples of --steps). A model of one task has in 1/6 as many examples of it as All tasks.
+# of --curve: model, multiples of --steps. A model of one task has in 1/6 as many examples of it as All tasks in 1.
 CURVE = (
-    *((task, "width 128", times) for times in (1 / 6, 1) for task in ("inpaint", "continue")),
-    *(("All tasks", "width 128", times) for times in (1, 4)),
-    *(("MoNL", size, times) for size in ("width 128", "width 256") for times in (1, 4)),
-    ("MoNL", "8 layers", 1),
+    *((task, times) for times in (1 / 6, 1) for task in ("inpaint", "continue")),
+    *((model, times) for model in ("All tasks", "MoNL", "MoNL, width 256") for times in (1, 4)),
+    ("MoNL, 8 layers", 1),
 )
-
-
-def sized(name, size):
-    """Name of a model or of a row of a table, for a network of this size."""
-    return name if SIZES[size] == () else f"{name}, {size}"
-
-
-MODELS |= {sized(model, size): (*MODELS[model], *SIZES[size]) for model, size, _ in CURVE}
 # row of a table -> (model, arguments of score.py). The row "Conditional" has one model per task, named after it.
 WAYS = {
-    **{name: (name, ()) for name in MODELS if name.split(",")[0] not in (*TASKS, "recipe")},
+    **{name: (name, ()) for name in MODELS if name not in (*TASKS, "recipe")},
     "MoNL, the paper's recipe": ("recipe", ()),
     "Vanilla": ("Vanilla", ("--method", "replacement")),
     **{
@@ -157,9 +148,8 @@ def job(model, seed, steps, args, ready):
     """Train one model from one seed, sample and score it in every way that is missing, append to scores.csv."""
     folder = args.out / folder_name(model, seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
-    if model.split(",")[0] in TASKS:
-        task, *size = model.split(", ")
-        ways = {", ".join(["Conditional", *size]): ()}
+    if model in TASKS:
+        task, ways = model, {"Conditional": ()}
     else:
         task, ways = "all", {way: extra for way, (of, extra) in WAYS.items() if of == model}
     last = TASKS[-1] if task == "all" else task
@@ -206,17 +196,18 @@ def table(found, rows, columns, digits, paper):
         print(f"| {label} | " + " | ".join(cells) + " |")
 
 
-def plot(found, steps, path):
+def plot(found, rows, path):
     """path of inpaint and of continue by training steps, both scales logarithmic: a colour per network, a dot per seed,
-    a line through their medians."""
+    a line through their medians. rows: as for table()."""
     left, top, edge, least, most = 40, 30, 260, 0.004, 0.1
     picture = Image.new("RGB", (2 * (left + edge) + 170, top + edge + 20), "white")
     pen = ImageDraw.Draw(picture)
-    networks = list(dict.fromkeys(("Conditional" if model in TASKS else model, size) for model, size, _ in CURVE))
-    across = {times: edge * (0.55 + 0.25 * math.log(times)) for times in sorted({times for _, _, times in CURVE})}
+    networks = {way: label.rsplit(", ", 1)[0] for label, (way, _) in rows.items()}
+    first, *_, last = every = sorted({steps for _, steps in rows.values()})
+    across = {steps: edge * (0.1 + 0.8 * math.log(steps / first) / math.log(last / first)) for steps in every}
     colours = dict(zip(networks, ("red", "green", "cornflowerblue", "darkblue", "darkorange")))
-    for row, ((model, size), colour) in enumerate(colours.items()):
-        pen.text((2 * (left + edge) + 15, top + 10 + 16 * row), f"{model}, {size}", fill=colour)
+    for row, (way, colour) in enumerate(colours.items()):
+        pen.text((2 * (left + edge) + 15, top + 10 + 16 * row), networks[way], fill=colour)
     for panel, (title, pairs) in enumerate((k, COLUMNS[k]) for k in ("inpaint path", "continue path")):
         x0 = left + panel * (left + edge)
 
@@ -228,12 +219,12 @@ def plot(found, steps, path):
         for value in (0.005, 0.01, 0.02, 0.04, 0.08):
             pen.line((x0, height(value), x0 + edge, height(value)), fill="lightgrey")
             pen.text((x0 - 32, height(value) - 6), f"{value:g}", fill="black")
-        for times, x in across.items():
-            pen.text((x0 + x, top + edge + 4), f"{round(steps * times)} steps", fill="black", anchor="mt")
-        for row, ((model, size), colour) in enumerate(colours.items()):
+        for steps, x in across.items():
+            pen.text((x0 + x, top + edge + 4), f"{steps} steps", fill="black", anchor="mt")
+        for row, (way, colour) in enumerate(colours.items()):
             line = []
-            for times, x in across.items():
-                values = over_seeds(found, sized(model, size), round(steps * times), pairs)
+            for steps, x in across.items():
+                values = over_seeds(found, way, steps, pairs)
                 at = x0 + x + 5 * (row - 2)  # side by side
                 for y in map(height, values):
                     pen.ellipse((at - 3, y - 3, at + 3, y + 3), fill=colour)
@@ -267,8 +258,7 @@ def figure(args, found, path):
 
 def plan(args):
     """-> the (model, seed, steps) that are needed, the first ones first."""
-    curve = [(sized(model, size), times) for model, size, times in CURVE]
-    models = curve if args.curve else [(model, 1) for model in MODELS if ", " not in model and model != "All tasks"]
+    models = CURVE if args.curve else [(model, 1) for model in OF_TABLES]
     return [(model, seed, round(args.steps * times)) for seed in range(args.seeds) for model, times in models
             if not args.only or model in args.only]  # fmt: skip
 
@@ -296,11 +286,11 @@ def main():
     print(f"{args.steps} steps, {args.n} samples per task{spread}")
     if args.curve:
         rows = {}
-        for model, size, times in CURVE:
-            row = "Conditional" if model in TASKS else model
-            rows[f"{row}, {size}, {round(times * args.steps)} steps"] = (sized(row, size), round(times * args.steps))
+        for model, times in CURVE:
+            way, steps = "Conditional" if model in TASKS else model, round(times * args.steps)
+            rows[f"{way if ', ' in way else f'{way}, width 128'}, {steps} steps"] = way, steps
         table(found, rows, COLUMNS, 3, {})
-        plot(found, args.steps, args.out / "curve.png")
+        plot(found, rows, args.out / "curve.png")
         return
     for seed in range(args.seeds):  # Vanilla also stands for the conditional model of joint generation
         vanilla = found.get(("Vanilla", seed, args.steps), {})

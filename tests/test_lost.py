@@ -397,7 +397,8 @@ def test_a_wrong_checkpoint_gets_one_line(call, latents, tmp_path, name):
 
 
 OTHER = {"preset": "clips", "mixture": "pm", "prediction": "v", "dim": 64, "depth": 2, "heads": 4,
-         "batch": 8, "steps": 5, "optimizer": "adamw", "lr": 0.5, "warmup": 7, "ema": 0.5, "dtype": "bf16", "seed": 5}  # fmt: skip
+         "batch": 8, "steps": 5, "optimizer": "adamw", "lr": 0.5, "warmup": 7, "ema": 0.5,
+         "dtype": "bf16", "seed": 5}  # fmt: skip
 FORMAT = {"fps": 9, "size": 96, "sample_rate": 16000}
 
 
